@@ -1,0 +1,1 @@
+"""arctic_like: post-train language models from one YAML recipe under DeepSpeed ZeRO."""

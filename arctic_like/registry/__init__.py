@@ -1,0 +1,91 @@
+"""A class joins its family when it is defined; a recipe finds it by `type:`.
+
+    class Tracker(Part, family="tracker"): ...           # a family: built in, or a user's own
+
+    class TensorBoard(Tracker):                          # a member
+        name = "tensorboard"
+        config_type = TensorBoardConfig
+
+Built-in members are found through an index of names (`index.py`), so that only the modules of
+the parts that a recipe names are imported.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import Any, ClassVar, TypeVar
+
+from arctic_like.config.base import PartConfig
+from arctic_like.registry.index import BUILT_IN
+
+_members: dict[str, dict[str, type[Part]]] = {}
+_families: dict[str, type[Part]] = {}
+
+P = TypeVar("P", bound="Part")
+
+
+class Part:
+    """Anything that a recipe can choose by `type:`."""
+
+    family: ClassVar[str] = ""
+    name: ClassVar[str] = ""
+    config_type: ClassVar[type[PartConfig]] = PartConfig
+
+    def __init_subclass__(cls, family: str = "", **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if family:
+            cls.family = family
+            _families[family] = cls
+            _members.setdefault(family, {})
+        elif "name" in cls.__dict__:
+            register(cls)
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+
+
+def register(cls: type[Part]) -> None:
+    """Add a class to its family. Called when the class is defined; no need to call it."""
+    if not cls.family:
+        raise TypeError(f"{cls.__qualname__} has a name but no family; derive it from a family's base")
+    if not (isinstance(cls.config_type, type) and issubclass(cls.config_type, PartConfig)):
+        raise TypeError(f"{cls.__qualname__}.config_type must be a PartConfig class")
+    members = _members[cls.family]
+    other = members.get(cls.name)
+    same = other is not None and other.__qualname__ == cls.__qualname__
+    if other is not None and not same:
+        raise TypeError(
+            f"{cls.family} {cls.name!r} is already {other.__module__}.{other.__qualname__}; "
+            f"give {cls.__module__}.{cls.__qualname__} another name"
+        )
+    members[cls.name] = cls
+
+
+def names(family: str) -> list[str]:
+    """All names that `type:` may have in a family, built in or registered so far."""
+    return sorted({*BUILT_IN.get(family, {}), *_members.get(family, {})})
+
+
+def families() -> list[str]:
+    """All families: the built-in ones and those that user code has defined so far."""
+    return sorted({*BUILT_IN, *_families})
+
+
+def lookup(family: str, name: str) -> type[Part]:
+    """The class registered under `name`; imports its module if it is built in.
+
+    Raises KeyError if there is none; `recipe` turns it into a sentence with the nearest name.
+    """
+    members = _members.setdefault(family, {})
+    if name not in members and name in BUILT_IN.get(family, {}):
+        module, _, attribute = BUILT_IN[family][name].partition(":")
+        if module not in sys.modules:
+            importlib.import_module(module)
+        members[name] = getattr(sys.modules[module], attribute)
+    return members[name]
+
+
+def build(config: PartConfig, family: str) -> Any:
+    """Make the part that a config describes (its `build` is called separately)."""
+    return lookup(family, config.type)(config)

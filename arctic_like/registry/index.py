@@ -1,0 +1,55 @@
+"""The built-in parts by family and name: where each lives, without importing it.
+
+A test walks the package and fails if a class is missing here.
+"""
+
+from __future__ import annotations
+
+BUILT_IN: dict[str, dict[str, str]] = {
+    "trainer": {
+        "sft": "arctic_like.trainer.sft:SFTTrainer",
+        "causal": "arctic_like.trainer.causal:CausalTrainer",
+        "dpo": "arctic_like.trainer.dpo:DPOTrainer",
+    },
+    "data": {
+        "sft": "arctic_like.data.factory:SFTDataFactory",
+        "causal": "arctic_like.data.factory:CausalDataFactory",
+        "dpo": "arctic_like.data.factory:DPODataFactory",
+    },
+    "source": {
+        "huggingface": "arctic_like.data.sources:HFSource",
+        "huggingface_instruct": "arctic_like.data.sources:HFInstructSource",
+        "huggingface_causal": "arctic_like.data.sources:HFCausalSource",
+        "file": "arctic_like.data.sources:FileSource",
+    },
+    "model": {
+        "huggingface": "arctic_like.model.huggingface:HFModelFactory",
+        "liger": "arctic_like.model.liger:LigerModelFactory",
+    },
+    "tokenizer": {
+        "huggingface": "arctic_like.tokenizer.huggingface:HFTokenizerFactory",
+        "byte": "arctic_like.tokenizer.byte:ByteTokenizerFactory",
+    },
+    "optimizer": {
+        "adamw": "arctic_like.optimizer.adam:AdamWFactory",
+        "fused_adam": "arctic_like.optimizer.adam:FusedAdamFactory",
+        "cpu_adam": "arctic_like.optimizer.adam:CPUAdamFactory",
+    },
+    "scheduler": {
+        "huggingface": "arctic_like.scheduler.huggingface:HFSchedulerFactory",
+        "wsd": "arctic_like.scheduler.closed_form:WSDFactory",
+        "cosine_with_floor": "arctic_like.scheduler.closed_form:CosineWithFloorFactory",
+    },
+    "checkpoint": {
+        "deepspeed": "arctic_like.checkpoint.deepspeed:DeepSpeedCheckpoint",
+        "huggingface": "arctic_like.checkpoint.huggingface:HFCheckpoint",
+    },
+    "callback": {
+        "exact_match": "arctic_like.callbacks.exact_match:ExactMatch",
+    },
+    "tracker": {
+        "console": "arctic_like.tracking.console:ConsoleTracker",
+        "tensorboard": "arctic_like.tracking.tensorboard:TensorBoardTracker",
+        "wandb": "arctic_like.tracking.wandb:WandbTracker",
+    },
+}

@@ -1,0 +1,37 @@
+"""The distributed world, read once from the environment that the launcher made.
+
+Knows ranks and devices; does not know DeepSpeed. `engine.deepspeed.connect` opens the process groups.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class World:
+    """Where this process stands among all processes of the run."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+    device: str = "cpu"
+    """Torch device string of this process: "cpu" or "cuda:0"."""
+
+    @property
+    def is_main(self) -> bool:
+        """True on the one rank that writes files and talks to the user."""
+        return self.rank == 0
+
+    @classmethod
+    def from_environment(cls, device: str = "cpu") -> World:
+        """Read RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_SIZE; one process where they are absent."""
+        return cls(
+            rank=int(os.environ.get("RANK", 0)),
+            size=int(os.environ.get("WORLD_SIZE", 1)),
+            local_rank=int(os.environ.get("LOCAL_RANK", 0)),
+            local_size=int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", 1))),
+            device=device,
+        )
