@@ -4,15 +4,31 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic_core import PydanticCustomError
+
+
+def wrong(message: str, *, place: str = "", hint: str = "") -> PydanticCustomError:
+    """The error that a validator raises: `raise wrong("is 3, more than max_length (2)", place="cut")`.
+
+    `message` follows the place in a sentence, with value and rule; `place` is a dotted path below the
+    map that is validated (empty: the value itself); `hint` is the way out.
+    """
+    # the text goes through the context: pydantic formats the template, and braces may stand in the text
+    context = {"message": message, "place": place, "hint": hint}
+    return PydanticCustomError("wrong", "{message}", context)
 
 
 class Config(BaseModel):
     """A map in a recipe. Unknown keys are errors; values do not change after validation."""
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True,
-        arbitrary_types_allowed=False, protected_namespaces=(),
+        extra="forbid",
+        frozen=True,
+        validate_default=True,
+        use_attribute_docstrings=True,
+        arbitrary_types_allowed=False,
+        protected_namespaces=(),
     )
 
     aliases: ClassVar[dict[str, str]] = {}
@@ -24,11 +40,29 @@ class Config(BaseModel):
     no_effect: ClassVar[dict[str, str]] = {}
     """Keys that are accepted with a warning: key → why nothing is lost."""
 
+    example: ClassVar[dict[str, Any]] = {}
+    """What `arctic-train init` states for this map, beside the required keys."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _canonical(cls, data: Any) -> Any:
+        """Replace aliases; recipes come here canonical already, Python code need not."""
+        if not cls.aliases or not isinstance(data, dict) or not cls.aliases.keys() & data.keys():
+            return data
+        result: dict[str, Any] = {}
+        for key, value in data.items():
+            name = cls.aliases.get(key, key)
+            if name != key and name in data:
+                raise wrong(f"and {name!r} are the same key", place=key, hint=f"keep {name!r}")
+            result[name] = value
+        return result
+
 
 class PartConfig(Config):
     """The config of something chosen by `type:`; stands beside the class that it configures."""
 
     type: str = ""
+    """The name of the part."""
 
     def given(self, key: str) -> bool:
         """Whether the recipe states `key`, as opposed to its default."""
