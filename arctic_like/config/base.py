@@ -47,9 +47,9 @@ class Config(BaseModel):
     @classmethod
     def _canonical(cls, data: Any) -> Any:
         """Replace aliases; recipes come here canonical already, Python code need not."""
-        if not cls.aliases or not isinstance(data, dict) or not cls.aliases.keys() & data.keys():
+        if not isinstance(data, dict) or not cls.aliases.keys() & data.keys():
             return data
-        result: dict[str, Any] = {}
+        result: dict[Any, Any] = {}
         for key, value in data.items():
             name = cls.aliases.get(key, key)
             if name != key and name in data:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from collections.abc import Iterable
 from typing import Any, ClassVar, TypeVar
 
 from arctic_like.config.base import PartConfig
@@ -46,18 +47,28 @@ class Part:
 
 
 def register(cls: type[Part]) -> None:
-    """Add a class to its family. Called when the class is defined; no need to call it."""
+    """Add a class to its family. Called when the class is defined; no need to call it.
+
+    Raises TypeError where the class belongs to no family, its `config_type` is no PartConfig, or another
+    class has the name. A class defined again (a notebook cell, a reloaded file) takes its own place.
+    """
     if not cls.family:
-        raise TypeError(f"{cls.__qualname__} has a name but no family; derive it from a family's base")
+        raise TypeError(
+            f"{cls.__qualname__} has a name but no family; derive it from a family's base"
+        )
+    if not (isinstance(cls.name, str) and cls.name):
+        raise TypeError(f"{cls.__qualname__}.name must be a text that a recipe can state")
     if not (isinstance(cls.config_type, type) and issubclass(cls.config_type, PartConfig)):
         raise TypeError(f"{cls.__qualname__}.config_type must be a PartConfig class")
-    members = _members[cls.family]
+    members = _members.setdefault(cls.family, {})
+    home = f"{cls.__module__}:{cls.__qualname__}"
     other = members.get(cls.name)
-    same = other is not None and other.__qualname__ == cls.__qualname__
-    if other is not None and not same:
+    taken = f"{other.__module__}:{other.__qualname__}" if other else ""
+    taken = taken or BUILT_IN.get(cls.family, {}).get(cls.name, "")
+    if taken and taken != home:
         raise TypeError(
-            f"{cls.family} {cls.name!r} is already {other.__module__}.{other.__qualname__}; "
-            f"give {cls.__module__}.{cls.__qualname__} another name"
+            f"{cls.family} {cls.name!r} is already {taken.replace(':', '.')}; "
+            f"give {home.replace(':', '.')} another name"
         )
     members[cls.name] = cls
 
@@ -75,7 +86,8 @@ def families() -> list[str]:
 def lookup(family: str, name: str) -> type[Part]:
     """The class registered under `name`; imports its module if it is built in.
 
-    Raises KeyError if there is none; `recipe` turns it into a sentence with the nearest name.
+    Where the name is not known, installed plug-ins are imported too. Raises KeyError if there is none;
+    `Choice` and `recipe` turn it into a sentence with the nearest name.
     """
     members = _members.setdefault(family, {})
     if name not in members and name in BUILT_IN.get(family, {}):
@@ -83,7 +95,35 @@ def lookup(family: str, name: str) -> type[Part]:
         if module not in sys.modules:
             importlib.import_module(module)
         members[name] = getattr(sys.modules[module], attribute)
+    if name not in members:
+        from arctic_like.registry.plugins import load_plugins
+
+        load_plugins()
     return members[name]
+
+
+def members(family: str) -> dict[str, type[Part]]:
+    """Name → class for a whole family, plug-ins included; imports all their modules."""
+    from arctic_like.registry.plugins import load_plugins
+
+    load_plugins()
+    return {name: lookup(family, name) for name in names(family)}
+
+
+def summary(part: type[Part]) -> str:
+    """The first sentence of a part's docstring, for lists and the schema; empty without one."""
+    text = " ".join((part.__doc__ or "").strip().split("\n\n")[0].split())
+    head, stop, _ = text.partition(". ")
+    return head + stop.strip()
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The known name that is most like `name`, or empty where none is close."""
+    import difflib  # 5 ms, for errors only
+
+    lower = {entry.lower(): entry for entry in known}
+    found = difflib.get_close_matches(name.lower(), lower, n=1, cutoff=0.6)
+    return lower[found[0]] if found else ""
 
 
 def build(config: PartConfig, family: str) -> Any:
