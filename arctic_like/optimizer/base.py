@@ -81,7 +81,7 @@ def parameter_groups(model: nn.Module, *, weight_decay: float) -> list[dict[str,
 
 
 def _decays(name: str, parameter: nn.Parameter) -> bool:
-    # A mixture of experts stacks its biases into matrices (`gate_up_proj_bias`): the name goes first.
+    # A mixture of experts stacks biases into matrices (`gate_up_proj_bias`): the name goes first.
     leaf = name.rpartition(".")[2].lower()
     return not leaf.endswith("bias") and len(getattr(parameter, "ds_shape", parameter.shape)) >= 2
 

@@ -1,0 +1,72 @@
+"""What a recipe's `model:` describes, and the base of everything that builds one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from arctic_like.config.base import PartConfig
+from arctic_like.config.values import DType, NameOrPath
+from arctic_like.registry import Part
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedTokenizerBase
+
+    from arctic_like.world import World
+
+
+class ModelConfig(PartConfig):
+    """The recipe's `model:`; a model of one's own derives its config from this."""
+
+    type: str = "huggingface"
+    """Which model factory: `huggingface`, `liger`, or a user's own."""
+
+    name_or_path: NameOrPath = ""
+    """Hub name or folder of a pretrained model; its tokenizer is the default one."""
+
+    dtype: DType = "bf16"
+    """The weights' dtype in training: `bf16`, `fp32` or `fp16`. The same on CPU and GPU."""
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What is known of a model before it is built; None where it does not say."""
+
+    model_type: str | None = None
+    max_positions: int | None = None
+    """The longest document, in tokens, that the model has positions for."""
+    hidden_size: int | None = None
+    num_layers: int | None = None
+    vocab_size: int | None = None
+
+
+class ModelFactory(Part, family="model"):
+    """Builds the model of a run."""
+
+    config_type = ModelConfig
+    config: ModelConfig
+
+    def facts(self) -> ModelFacts:
+        """What can be known without building the model. May read the Hub: not for validation."""
+        return ModelFacts()
+
+    def build(
+        self,
+        *,
+        tokenizer: PreTrainedTokenizerBase,
+        seed: int,
+        world: World,
+        device: str,
+        zero_stage: int,
+        ds_config: dict[str, Any],
+    ) -> nn.Module:
+        """The module to train, on no particular device, with its dtype set.
+
+        At ZeRO stage 3 its parameters are partitioned over the ranks while they are made
+        (`ds_config` is the finished DeepSpeed dictionary, and the process group must be open).
+        Random initial weights depend on `seed` and on names only. The global random generators
+        stay as they were.
+        Raises RecipeError where it cannot be built as described.
+        """
+        raise NotImplementedError
