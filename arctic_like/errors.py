@@ -4,7 +4,8 @@
     ├── RecipeError             exit code 2: the recipe or the command is wrong (one or many problems)
     └── RunError                exit code 1
         ├── NonFiniteError      a loss or gradient became NaN or infinite
-        └── CheckpointError     a checkpoint cannot be read, written or used
+        ├── CheckpointError     a checkpoint cannot be read, written or used
+        └── RelayedError        another rank failed; that rank tells the user
 
 An error of this tree is shown as its sentences, without a traceback. Any other exception is a
 defect, ours or of the user's own code, and keeps its traceback.
@@ -67,3 +68,11 @@ class NonFiniteError(RunError):
 
 class CheckpointError(RunError):
     """A checkpoint cannot be read, written or used."""
+
+
+class RelayedError(RunError):
+    """Another rank failed and has told the user; this rank only ends, with the same exit code."""
+
+    def __init__(self, message: str, *, exit_code: int = FAILED) -> None:
+        self.exit_code = exit_code
+        super().__init__(message)

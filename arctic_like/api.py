@@ -1,0 +1,201 @@
+"""Runs from Python: `load_recipe(path, overrides)` and `run(recipe)`, in a script or a notebook.
+
+The same code runs in every launched process (`worker.py`); here it needs no launcher, works on one
+process and several times in one process.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from arctic_like.errors import Problem, RecipeError
+from arctic_like.world import World
+
+if TYPE_CHECKING:
+    from arctic_like.engine.host import HostGroup
+    from arctic_like.recipe import Recipe
+    from arctic_like.rundir import RunDirectory
+    from arctic_like.stop import StopRequest
+    from arctic_like.trainer.base import Trainer
+    from arctic_like.trainer.progress import Result
+
+
+def run(recipe: Recipe, *, output_dir: str | Path | None = None, resume: str = "") -> Result:
+    """Train what a recipe describes, in this process; returns what it came to.
+
+    output_dir: the run directory, instead of the recipe's. resume: "" starts (or resumes where the recipe
+    says `auto_resume`), "latest" or "step-12" goes on from that checkpoint of the run directory.
+    The first Ctrl-C stops after the step, with a checkpoint; the second interrupts.
+
+    Raises RecipeError and RunError.
+    """
+    from arctic_like.stop import StopRequest, catch_signals
+
+    directory = Path(output_dir) if output_dir else default_output_dir(recipe)
+    with catch_signals(StopRequest()) as stop:
+        return execute(recipe, output_dir=directory, resume=resume, stop=stop)
+
+
+def default_output_dir(recipe: Recipe) -> Path:
+    """The recipe's `output_dir`, or a new folder `runs/<recipe>-<time>`."""
+    if recipe.config.output_dir:
+        return Path(recipe.config.output_dir)
+    return Path("runs") / f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def execute(
+    recipe: Recipe, *, output_dir: Path, resume: str, stop: StopRequest,
+    command: str = "", inspect: Callable[[Trainer], None] | None = None,
+) -> Result:  # fmt: skip
+    """Run a recipe on this rank: what the worker and `run` share.
+
+    inspect: called with the trainer once it is set up (for tests and notebooks).
+    """
+    from arctic_like.engine.host import connect
+    from arctic_like.logs import setup_logging
+    from arctic_like.rundir import RunDirectory
+
+    refuse_what_cannot_run(recipe)
+    world = World.from_environment(choose_device(recipe.config.device))
+    _prepare_process(recipe, world)
+    host = connect(world)
+    directory = RunDirectory(output_dir)
+    with directory.lock() if world.is_main else directory.shared():
+        checkpoint = host.from_main(_decide(recipe, directory, resume) if world.is_main else None)
+        logger = recipe.config.logger
+        setup_logging(
+            rank=world.rank, level=logger.level, output_dir=logger.output_dir or directory.logs,
+            print_output_ranks=logger.print_output_ranks, file_output_ranks=logger.file_output_ranks,
+        )  # fmt: skip
+        return _run_trainer(
+            recipe, world=world, host=host, directory=directory, checkpoint=checkpoint, stop=stop,
+            command=command, inspect=inspect,
+        )  # fmt: skip
+
+
+def refuse_what_cannot_run(recipe: Recipe) -> None:
+    """Raise RecipeError for keys that are declared but not built yet, before anything happens."""
+    from arctic_like.recipe import run_time_refusals
+
+    problems: list[Problem] = list(run_time_refusals(recipe.config))
+    refuse = getattr(recipe.trainer, "refuse", None)
+    if refuse is not None:
+        problems += refuse()
+    if problems:
+        raise RecipeError(problems)
+
+
+def choose_device(wanted: str) -> str:
+    """The torch device of this rank for the recipe's `device`. Raises RecipeError where there is none."""
+    if wanted != "cpu":
+        import torch
+
+        if torch.cuda.is_available():
+            return f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
+        if wanted == "cuda":
+            raise RecipeError(
+                Problem("is cuda, but torch sees no CUDA device", place="device",
+                        hint="use device: auto or cpu, or check the driver")
+            )  # fmt: skip
+    return "cpu"
+
+
+def _prepare_process(recipe: Recipe, world: World) -> None:
+    if world.device == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    else:
+        import torch
+
+        torch.cuda.set_device(world.device)
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    if recipe.config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+
+
+def _decide(recipe: Recipe, directory: RunDirectory, resume: str) -> Path | None:
+    """The checkpoint to go on from, or None for a start from the beginning (rank zero decides)."""
+    from arctic_like.checkpoint.layout import complete_checkpoints, marker
+    from arctic_like.checkpoint.publish import recover, supersede_after
+    from arctic_like.errors import CheckpointError
+
+    folder = checkpoints_of(recipe, directory)
+    recover(folder)
+    if Path(resume).is_absolute():
+        chosen = Path(resume)
+    elif resume.startswith("step-"):
+        chosen = folder / resume
+        if marker(chosen) is None:
+            have = ", ".join(path.name for path in complete_checkpoints(folder)) or "none"
+            raise CheckpointError(f"{chosen} is no complete checkpoint; complete are: {have}")
+    else:
+        complete = complete_checkpoints(folder)
+        if resume == "latest" and not complete and not directory.holds_run():
+            raise CheckpointError(f"{directory.path} holds no run to resume")
+        wants = resume in ("latest", "auto") or recipe.config.auto_resume
+        if recipe.config.overwrite and resume not in ("latest",):
+            wants = False
+        if not (wants and complete):
+            _begin_anew(recipe, directory, folder, resume)
+            return None
+        chosen = complete[-1]
+    supersede_after(chosen)
+    return chosen
+
+
+def _begin_anew(recipe: Recipe, directory: RunDirectory, checkpoints: Path, resume: str) -> None:
+    """Empty the run directory of an earlier run, if the recipe or a resume before its first checkpoint says so."""
+    if not directory.holds_run():
+        return
+    may = recipe.config.overwrite or recipe.config.auto_resume or resume in ("latest", "auto")
+    if not may:
+        raise RecipeError(directory.refusal())
+    directory.clear(checkpoints)
+
+
+def checkpoints_of(recipe: Recipe, directory: RunDirectory) -> Path:
+    """Where the run's resumable checkpoints lie."""
+    for entry in recipe.config.checkpoint:
+        if entry.type == "deepspeed" and entry.output_dir:
+            return Path(entry.output_dir)
+    return directory.path / "checkpoints"
+
+
+def _run_trainer(
+    recipe: Recipe, *, world: World, host: HostGroup, directory: RunDirectory,
+    checkpoint: Path | None, stop: StopRequest, command: str,
+    inspect: Callable[[Trainer], None] | None,
+) -> Result:  # fmt: skip
+    from arctic_like.trainer.assembly import Session
+
+    session = Session(recipe, world, host, directory, stop, resume=checkpoint)
+    if world.is_main:
+        directory.write_recipe(recipe.dump())
+        directory.write_environment(command=command, world_size=world.size, device=world.device)
+    trainer: Any = recipe.trainer(recipe.config)
+    try:
+        trainer.setup(session)
+        if inspect is not None:
+            inspect(trainer)
+        result = trainer.train()
+        trainer.emit("on_run_end", result)
+        trainer.teardown(0)
+        return result  # type: ignore[no-any-return]
+    except BaseException as error:
+        trainer.teardown(1, error)
+        raise
+
+
+def recipe_from_environment() -> tuple[Recipe, Path, str]:
+    """What the command told this worker: the recipe, the run directory and what to resume."""
+    from arctic_like.recipe import load_recipe
+
+    recipe = load_recipe(
+        Path(os.environ["ARCTIC_RECIPE"]), json.loads(os.environ.get("ARCTIC_OVERRIDES", "[]"))
+    )
+    return recipe, Path(os.environ["ARCTIC_OUTPUT_DIR"]), os.environ.get("ARCTIC_RESUME", "")

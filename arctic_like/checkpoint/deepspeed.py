@@ -1,0 +1,160 @@
+"""`deepspeed`: everything that a resume needs, of all ranks, complete or invisible.
+
+    step-12/engine/…        a DeepSpeed checkpoint of each learner (`engine`, `engine-critic`, …)
+    step-12/ranks/rank-0.pt each rank's random generators, sums and callbacks' states
+    step-12/run.json        counters, data position, world size, the recipe
+    step-12/complete.json   the marker, written last
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from arctic_like.checkpoint.base import CheckpointConfig, CheckpointEngine
+from arctic_like.checkpoint.layout import ENGINE, RUN_STATE, marker
+from arctic_like.checkpoint.publish import (
+    aside,
+    check_space,
+    files_below,
+    keep_last,
+    publish,
+    seal,
+    verify,
+)
+from arctic_like.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from arctic_like.engine.deepspeed import Engine
+    from arctic_like.engine.host import HostGroup
+    from arctic_like.world import World
+
+
+class DeepSpeedCheckpointConfig(CheckpointConfig):
+    """A resumable checkpoint."""
+
+    type: str = "deepspeed"
+    """`deepspeed`: everything that a resume needs."""
+
+
+class DeepSpeedCheckpoint(CheckpointEngine):
+    """Saves and loads the whole state of a run."""
+
+    name = "deepspeed"
+    config_type = DeepSpeedCheckpointConfig
+    resumable = True
+    folder = "checkpoints"
+
+    def save(
+        self,
+        *,
+        directory: Path,
+        engines: dict[str, Engine],
+        run_state: dict[str, Any],
+        rank_state: dict[str, Any],
+        world: World,
+        host: HostGroup,
+        state_bytes: int,
+    ) -> None:
+        """Write `directory` (a `step-N`) whole. Collective.
+
+        run_state: plain values, the same on all ranks. rank_state: this rank's, types and tensors.
+        state_bytes: what all ranks' files will need at least. Raises CheckpointError if that is not free.
+        """
+        import torch
+
+        partial = aside(directory)
+        refused = ""
+        if world.is_main:
+            directory.parent.mkdir(parents=True, exist_ok=True)
+            refused = check_space(directory.parent, state_bytes)
+            if not refused:
+                shutil.rmtree(partial, ignore_errors=True)
+                (partial / "ranks").mkdir(parents=True)
+                (partial / RUN_STATE).write_text(json.dumps(run_state, indent=1))
+        refused = host.from_main(refused)
+        if refused:
+            raise CheckpointError(refused)
+        error: BaseException | None = None
+        try:
+            for name, engine in engines.items():
+                engine.save(partial, tag=tag_of(name))
+            torch.save(rank_state, partial / "ranks" / f"rank-{world.rank}.pt")
+        except (OSError, RuntimeError) as problem:
+            error = CheckpointError(f"the checkpoint {directory} could not be written: {problem}")
+        host.raise_together(error)
+        mine = files_below(partial)[world.rank :: world.size]
+        entries: dict[str, Any] = {}
+        for part in host.gather(seal(partial, mine)):
+            entries.update(part)
+        if world.is_main:
+            publish(directory, entries)
+            keep_last(directory.parent, self.config.keep_last)
+        host.barrier()
+
+    def load(
+        self,
+        *,
+        directory: Path,
+        engines: dict[str, Engine],
+        world: World,
+        host: HostGroup,
+    ) -> list[dict[str, Any]]:
+        """Bring the engines to what `directory` holds; return every saved rank's `rank_state`.
+
+        At another number of ranks the shards are first converted to DeepSpeed's universal form, which is removed
+        again. Collective. Raises CheckpointError for damage.
+        """
+        import torch
+
+        content = marker(directory)
+        names = sorted(content["files"]) if content else []
+        host.raise_together(_error_of(lambda: verify(directory, names[world.rank :: world.size])))
+        saved = json.loads((directory / RUN_STATE).read_text())
+        for name, engine in engines.items():
+            if needs_conversion(saved, world_size=world.size, zero_stage=engine.zero_stage):
+                _load_converted(directory, name, engine, world=world, host=host)
+            else:
+                engine.load(directory, tag=tag_of(name))
+        return [
+            torch.load(directory / "ranks" / f"rank-{rank}.pt", weights_only=True)
+            for rank in range(saved["world_size"])
+        ]
+
+
+def tag_of(learner: str) -> str:
+    """The folder of a learner's engine inside a checkpoint."""
+    return ENGINE if learner == "model" else f"{ENGINE}-{learner}"
+
+
+def needs_conversion(run_state: dict[str, Any], *, world_size: int, zero_stage: int) -> bool:
+    """Whether a saved state loads here only through the universal form (stage 0 is whole anyway)."""
+    return zero_stage > 0 and run_state["world_size"] != world_size
+
+
+def _load_converted(
+    directory: Path, name: str, engine: Engine, *, world: World, host: HostGroup
+) -> None:
+    from arctic_like.engine.deepspeed import to_universal
+
+    workplace = directory.with_name(f"{directory.name}.universal.partial")
+    error: BaseException | None = None
+    if world.is_main:
+        shutil.rmtree(workplace, ignore_errors=True)
+        workplace.mkdir(parents=True)
+        error = _error_of(lambda: to_universal(directory / tag_of(name), workplace / tag_of(name)))
+    host.raise_together(error)
+    engine.load(workplace, tag=tag_of(name))
+    host.barrier()
+    if world.is_main:
+        shutil.rmtree(workplace, ignore_errors=True)
+
+
+def _error_of(action: Any) -> BaseException | None:
+    try:
+        action()
+    except CheckpointError as error:
+        return error
+    return None

@@ -1,0 +1,172 @@
+"""A folder that appears whole or not at all: written aside, synced, marked, renamed.
+
+The order is what makes a kill at any moment harmless: files, their syncs, the marker, the rename, the
+pointer `latest`, and only then the removal of what is old.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from arctic_like.checkpoint.layout import LATEST, MARKER, complete_checkpoints, marker, step_of
+from arctic_like.errors import CheckpointError
+
+ASIDE = ".partial"
+REPLACED = ".replaced"
+SUPERSEDED = "superseded-"
+CHUNK = 1 << 24
+
+
+def aside(folder: Path) -> Path:
+    """Where `folder` is written before it is published."""
+    return folder.with_name(folder.name + ASIDE)
+
+
+def digest(path: Path) -> dict[str, Any]:
+    """Size in bytes and xxh3-128 of a file."""
+    import xxhash
+
+    state = xxhash.xxh3_128()
+    size = 0
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK):
+            state.update(chunk)
+            size += len(chunk)
+    return {"size": size, "xxh3": state.hexdigest()}
+
+
+def sync(path: Path) -> None:
+    """Force a file's content, or a folder's entries, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def files_below(folder: Path) -> list[str]:
+    """Relative paths of all files below, sorted, the marker left out."""
+    return sorted(
+        path.relative_to(folder).as_posix()
+        for path in folder.rglob("*")
+        if path.is_file() and path.name != MARKER
+    )
+
+
+def seal(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Sync these files to the disk; return what the marker says of them."""
+    entries = {}
+    for name in names:
+        sync(folder / name)
+        entries[name] = digest(folder / name)
+    return entries
+
+
+def publish(folder: Path, entries: dict[str, dict[str, Any]]) -> None:
+    """Write the marker into what was written aside and give it its name (one process).
+
+    An older folder of that name is removed once the new one stands in its place.
+    """
+    written = aside(folder)
+    text = json.dumps({"version": 1, "files": dict(sorted(entries.items()))}, indent=1)
+    (written / MARKER).write_text(text)
+    sync(written / MARKER)
+    for below in sorted({written, *(p for p in written.rglob("*") if p.is_dir())}):
+        sync(below)
+    replaced = folder.with_name(folder.name + REPLACED)
+    if folder.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+        folder.rename(replaced)
+    written.rename(folder)
+    sync(folder.parent)
+    point_latest(folder)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def point_latest(folder: Path) -> None:
+    """Let `latest` name a checkpoint, atomically."""
+    pointer = folder.parent / (LATEST + ASIDE)
+    pointer.write_text(folder.name + "\n")
+    sync(pointer)
+    pointer.rename(folder.parent / LATEST)
+    sync(folder.parent)
+
+
+def recover(checkpoints: Path) -> list[str]:
+    """Tidy what a killed save left behind (one process); returns the names that were removed.
+
+    A complete folder that was about to be replaced comes back if its successor never came.
+    """
+    if not checkpoints.is_dir():
+        return []
+    removed = []
+    for path in sorted(checkpoints.iterdir()):
+        if not path.is_dir():
+            continue
+        if path.name.endswith(REPLACED):
+            original = path.with_name(path.name.removesuffix(REPLACED))
+            if original.exists():
+                shutil.rmtree(path)
+            else:
+                path.rename(original)
+        elif path.name.endswith(ASIDE) or (step_of(path) is not None and marker(path) is None):
+            shutil.rmtree(path)
+            removed.append(path.name)
+    return removed
+
+
+def supersede_after(folder: Path) -> list[str]:
+    """Set aside the checkpoints that are newer than `folder`, from which a run now goes on.
+
+    They belong to a course that is given up; left in place, the next resume would pick them.
+    """
+    here = step_of(folder) or 0
+    names = []
+    for path in complete_checkpoints(folder.parent):
+        if (step_of(path) or 0) > here:
+            target = path.with_name(SUPERSEDED + path.name)
+            shutil.rmtree(target, ignore_errors=True)
+            path.rename(target)
+            names.append(path.name)
+    point_latest(folder)
+    return names
+
+
+def keep_last(checkpoints: Path, count: int | None) -> None:
+    """Remove all but the newest `count` complete checkpoints; None keeps all."""
+    if count is None:
+        return
+    for path in complete_checkpoints(checkpoints)[: -max(count, 1)]:
+        doomed = path.with_name(path.name + ASIDE)
+        path.rename(doomed)
+        shutil.rmtree(doomed)
+
+
+def verify(folder: Path, names: Iterable[str]) -> None:
+    """Compare files with the marker. Raises CheckpointError naming the first that differs."""
+    content = marker(folder)
+    if content is None:
+        raise CheckpointError(f"{folder} is not a complete checkpoint: it has no {MARKER}")
+    for name in names:
+        path = folder / name
+        if not path.is_file() or digest(path) != content["files"][name]:
+            raise CheckpointError(
+                f"the checkpoint {folder} is damaged: {name} is not what was saved\n"
+                "    resume from another one: arctic-train resume RUN_DIR --step N"
+            )
+
+
+def check_space(folder: Path, needed: int) -> str:
+    """Empty if `needed` bytes fit on the folder's file system, else the sentence that says no."""
+    free = shutil.disk_usage(folder).free
+    if free >= needed:
+        return ""
+    return (
+        f"{folder} has {free / 1e9:.2f} GB free, and the checkpoint needs about {needed / 1e9:.2f} GB; "
+        "free some space, set checkpoint keep_last, or another output_dir"
+    )

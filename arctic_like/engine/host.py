@@ -1,0 +1,115 @@
+"""What ranks agree on travels as host values over a gloo group, beside the device's own group.
+
+Nothing here waits for the device. One process needs no group and costs nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any, TypeVar
+
+from arctic_like.errors import FAILED, RelayedError
+from arctic_like.world import World
+
+T = TypeVar("T")
+
+# A rank may wait for another that tokenises, saves or compiles; one that died closes its sockets,
+# which gloo notices at once, so a long limit only catches hosts that vanish.
+PATIENCE = timedelta(hours=12)
+
+
+def free_port() -> int:
+    """A TCP port that is free on this host now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def connect(world: World) -> HostGroup:
+    """Open the process groups of this run through DeepSpeed (once a process); return the host group."""
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        import deepspeed
+
+        for key, value in (("RANK", world.rank), ("WORLD_SIZE", world.size),
+                           ("LOCAL_RANK", world.local_rank), ("MASTER_ADDR", "127.0.0.1")):
+            os.environ.setdefault(key, str(value))
+        os.environ.setdefault("MASTER_PORT", str(free_port()))
+        backend = "nccl" if world.device.startswith("cuda") else "gloo"
+        deepspeed.init_distributed(
+            dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=PATIENCE,
+        )
+    return HostGroup(world)
+
+
+class HostGroup:
+    """Collectives over host values. Every rank must make the same calls in the same order."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self._group: Any = None
+        if world.size > 1:
+            import torch.distributed as dist
+
+            if dist.get_backend() != "gloo":
+                self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Element-wise float64 sum over all ranks; exact for whole numbers below 2**53."""
+        if self.world.size == 1:
+            return [float(value) for value in values]
+        import torch
+        import torch.distributed as dist
+
+        total = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(total, group=self._group)
+        return [float(value) for value in total.tolist()]
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value (plain picklable types), in rank order, on every rank."""
+        if self.world.size == 1:
+            return [value]
+        import torch.distributed as dist
+
+        values: list[Any] = [None] * self.world.size
+        dist.all_gather_object(values, value, group=self._group)
+        return values
+
+    def from_main(self, value: T) -> T:
+        """Rank zero's value on every rank."""
+        if self.world.size == 1:
+            return value
+        import torch.distributed as dist
+
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self._group)
+        return box[0]
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        if self.world.size > 1:
+            import torch.distributed as dist
+
+            dist.barrier(group=self._group)
+
+    def raise_together(self, error: BaseException | None) -> None:
+        """If any rank brings an error, every rank raises: its own, or a `RelayedError` for the first.
+
+        Without this the ranks that succeeded would wait in the next collective for ever.
+        """
+        if self.world.size == 1:
+            if error is not None:
+                raise error
+            return
+        told = self.gather(
+            None if error is None else (str(error), int(getattr(error, "exit_code", FAILED)))
+        )
+        if error is not None:
+            raise error
+        for rank, failure in enumerate(told):
+            if failure is not None:
+                raise RelayedError(f"rank {rank} failed: {failure[0]}", exit_code=failure[1])

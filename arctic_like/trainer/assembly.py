@@ -1,0 +1,316 @@
+"""What a trainer is equipped with, built part by part in a visible order.
+
+    seed → tokenizer → data → steps → model → optimizer → engine → scheduler → checkpoints → callbacks → trackers
+
+Parts receive values by the names of their parameters (`run_info.supply`), never the trainer.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from arctic_like.callbacks.base import CallbackList
+from arctic_like.errors import Problem, RecipeError
+from arctic_like.registry import build
+from arctic_like.run_info import RunInfo, supply
+from arctic_like.trainer.config import resolve_batch
+from arctic_like.trainer.ledger import Ledger
+from arctic_like.world import World
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from arctic_like.data.base import PreparedData
+    from arctic_like.data.loader import Loader, MicroBatch
+    from arctic_like.data.order import BatchPlan
+    from arctic_like.engine.deepspeed import Engine
+    from arctic_like.engine.host import HostGroup
+    from arctic_like.model.base import ModelFacts
+    from arctic_like.recipe import Recipe
+    from arctic_like.rundir import RunDirectory
+    from arctic_like.stop import StopRequest
+    from arctic_like.trainer.base import Trainer
+    from arctic_like.trainer.recorder import Recorder
+    from arctic_like.trainer.saver import Saver
+
+
+@dataclass
+class Session:
+    """What a door (worker, Python) gives to a trainer: the world, the run directory, the way to stop."""
+
+    recipe: Recipe
+    world: World
+    host: HostGroup
+    directory: RunDirectory
+    stop: StopRequest
+    resume: Path | None = None
+    """The complete checkpoint that the run goes on from."""
+    started: float = field(default_factory=time.monotonic)
+    requested: str = ""
+    """Why this rank wants to stop; becomes the run's reason once all ranks know."""
+    step_weight: float = 0.0
+    """Weight of the current global batch over all ranks."""
+
+    def external_stop(self, kill_switch: Path | None) -> str:
+        """Whether a signal or the kill-switch file asks to stop (asked on rank zero, once a step)."""
+        signal_number = self.stop.requested()
+        if signal_number:
+            return "terminate" if signal_number == 15 else "interrupt"
+        return "kill_switch" if kill_switch is not None and kill_switch.exists() else ""
+
+
+@dataclass
+class Learner:
+    """A model with what trains it."""
+
+    engine: Engine
+    optimizer: Any
+    scheduler: Any
+    config: Any
+
+
+@dataclass
+class Equipment:
+    """Everything that `assemble` made."""
+
+    info: RunInfo
+    tokenizer: Any
+    data: PreparedData
+    plan: BatchPlan
+    loader: Loader
+    total_steps: int
+    warmup_steps: int
+    learners: dict[str, Learner]
+    step_ledger: Ledger
+    epoch_ledger: Ledger
+    callbacks: CallbackList
+    recorder: Recorder
+    saver: Saver
+
+    def evaluation_batches(self) -> Iterator[tuple[str, Iterator[MicroBatch]]]:
+        """Every evaluation set with this rank's micro-batches of it."""
+        from arctic_like.data.loader import evaluation_batches
+
+        for name, samples in self.data.evaluation.items():
+            yield name, evaluation_batches(
+                samples, self.data.collate, micro_batch_size=self.info.micro_batch_size,
+                rank=self.info.world.rank, size=self.info.world.size,
+                pin_memory=self.loader.pin_memory,
+            )  # fmt: skip
+
+
+def assemble(trainer: Trainer, session: Session) -> Equipment:
+    """Build every part of the recipe for this rank. Collective. Raises RecipeError for what cannot be."""
+    from arctic_like.trainer.recorder import Recorder
+    from arctic_like.trainer.saver import Saver, saved_state
+
+    config, world = trainer.config, session.world
+    resumed = saved_state(session.resume) if session.resume else None
+    callbacks = CallbackList([build(c, "callback") for c in config.callbacks], is_main=world.is_main)
+    notice = _Notices(trainer, callbacks)
+    info = RunInfo(
+        output_dir=session.directory.path, seed=config.seed, world=world, device=world.device,
+        epochs=config.epochs, **_batch_sizes(config, world, resumed),
+    )  # fmt: skip
+
+    notice("on_setup_start")
+    tokenizer_part = build(config.tokenizer, "tokenizer")
+    model_part = build(config.model, "model")
+    optimizer_part = build(config.optimizer, "optimizer")
+    scheduler_part = build(config.scheduler, "scheduler")
+    facts = model_part.facts()
+    model_name = getattr(config.model, "name_or_path", "") or None
+    with notice.part("tokenizer"):
+        tokenizer = supply(tokenizer_part.build, info, model_name_or_path=model_name)
+    with notice.part("data"):
+        data = prepare_data(config, info, tokenizer, session, facts)
+    plan, loader = _loader(config, info, data)
+    total, warmup = _horizon(config, plan, data)
+    info = replace(
+        info, steps_per_epoch=plan.batches_per_epoch, training_horizon=total, warmup_steps=warmup,
+        facts=MappingProxyType(dict(data.facts)),
+    )  # fmt: skip
+    ds_config = _deepspeed_dictionary(config, info, resumed, facts.hidden_size)
+    with notice.part("model"):
+        module = supply(
+            model_part.build, info, tokenizer=tokenizer, ds_config=ds_config,
+            zero_stage=_stage(ds_config),
+        )  # fmt: skip
+        _prove_isolation(config, module, world)
+    with notice.part("optimizer"):
+        learner = _learner(config, info, module, ds_config, optimizer_part, scheduler_part)
+    _start_generators(config, world)
+    return Equipment(
+        info=info, tokenizer=tokenizer, data=data, plan=plan, loader=loader, total_steps=total,
+        warmup_steps=warmup, learners={"model": learner},
+        step_ledger=Ledger(device=world.device, host=session.host),
+        epoch_ledger=Ledger(device=world.device, host=session.host),
+        callbacks=callbacks, recorder=Recorder(session, config, info),
+        saver=Saver(session, config, info),
+    )  # fmt: skip
+
+
+def prepare_data(
+    config: Any, info: RunInfo, tokenizer: Any, session: Session, facts: ModelFacts
+) -> PreparedData:
+    """The recipe's data, tokenised and packed; says what was read. All ranks fail together."""
+    from loguru import logger
+
+    error: BaseException | None = None
+    data: Any = None
+    try:
+        data = supply(
+            build(config.data, "data").build, info, tokenizer=tokenizer,
+            max_positions=facts.max_positions,
+            seed=config.seed if config.data.seed is None else config.data.seed,
+        )  # fmt: skip
+        if data.train is None or not len(data.train):
+            raise RecipeError(Problem("holds no sample to train on", place="data.sources"))
+    except BaseException as problem:
+        error = problem
+    session.host.raise_together(error)
+    if data.report:
+        logger.info(data.report)
+    return data  # type: ignore[no-any-return]
+
+
+def _batch_sizes(config: Any, world: World, resumed: dict[str, Any] | None) -> dict[str, int]:
+    """Micro-batch, accumulation and global batch. A resumed run keeps its global batch at any world size."""
+    batch = config.resolve_batch(world.size)
+    saved = resumed["global_batch_size"] if resumed else batch.global_batch_size
+    stated = config.global_batch_size is not None
+    if resumed and not stated and resumed["world_size"] != world.size and saved != batch.global_batch_size:
+        batch = resolve_batch(
+            world.size, micro_batch_size=config.micro_batch_size,
+            gradient_accumulation_steps=None, global_batch_size=saved,
+        )  # fmt: skip
+    return {
+        "micro_batch_size": config.micro_batch_size,
+        "gradient_accumulation_steps": batch.gradient_accumulation_steps,
+        "global_batch_size": batch.global_batch_size,
+    }
+
+
+def _loader(config: Any, info: RunInfo, data: PreparedData) -> tuple[BatchPlan, Loader]:
+    from arctic_like.data.loader import Loader
+    from arctic_like.data.order import BatchPlan
+
+    assert data.train is not None
+    seed = config.data.seed
+    plan = BatchPlan(
+        size=len(data.train), global_batch_size=info.global_batch_size,
+        seed=info.seed if seed is None else seed, drop_last=bool(getattr(config.data, "drop_last", False)),
+    )  # fmt: skip
+    loader = Loader(
+        data.train, data.collate, plan, micro_batch_size=info.micro_batch_size,
+        rank=info.world.rank, size=info.world.size,
+        num_workers=int(getattr(config.data, "dl_num_workers", 0)),
+        pin_memory=info.device.startswith("cuda"),
+    )  # fmt: skip
+    return plan, loader
+
+
+def _horizon(config: Any, plan: BatchPlan, data: PreparedData) -> tuple[int, int]:
+    """Optimizer steps of the run, and those of its warm-up."""
+    total = config.train_iters or config.epochs * plan.batches_per_epoch
+    total = max(total, config.min_iterations)
+    if total < 1:
+        raise RecipeError(
+            Problem("and train_iters are both 0: nothing would be trained", place="epochs",
+                    hint="set epochs or train_iters")
+        )  # fmt: skip
+    return total, config.scheduler.resolve_warmup(total)
+
+
+def _deepspeed_dictionary(
+    config: Any, info: RunInfo, resumed: dict[str, Any] | None, hidden_size: int | None
+) -> dict[str, Any]:
+    from loguru import logger
+
+    from arctic_like.checkpoint.deepspeed import needs_conversion
+    from arctic_like.engine.ds_config import deepspeed_config, inexact
+
+    dictionary = deepspeed_config(
+        section=config.deepspeed, dtype=config.model.dtype, micro_batch_size=info.micro_batch_size,
+        gradient_accumulation_steps=info.gradient_accumulation_steps, world_size=info.world.size,
+        hidden_size=hidden_size, on_cpu=info.device == "cpu",
+    )  # fmt: skip
+    for sentence in inexact(dictionary):
+        logger.warning(f"deepspeed.{sentence}" if not sentence.startswith("ZeRO") else sentence)
+    if resumed and needs_conversion(resumed, world_size=info.world.size, zero_stage=_stage(dictionary)):
+        dictionary["checkpoint"] = {**dictionary.get("checkpoint", {}), "load_universal": True}
+    return dictionary
+
+
+def _stage(ds_config: dict[str, Any]) -> int:
+    from arctic_like.engine.ds_config import zero_stage
+
+    return zero_stage(ds_config)
+
+
+def _learner(
+    config: Any, info: RunInfo, module: nn.Module, ds_config: dict[str, Any], optimizer_part: Any,
+    scheduler_part: Any,
+) -> Learner:  # fmt: skip
+    from arctic_like.engine.deepspeed import Engine
+    from arctic_like.engine.ds_config import uses_offload
+
+    optimizer = supply(optimizer_part.build, info, model=module, offload=uses_offload(ds_config))
+    engine = Engine(module, optimizer=optimizer, config=ds_config)
+    engine.engine.train()
+    scheduler = supply(scheduler_part.build, info, optimizer=engine.base_optimizer)
+    return Learner(engine, engine.base_optimizer, scheduler, config.model)
+
+
+def _prove_isolation(config: Any, module: nn.Module, world: World) -> None:
+    if not getattr(config.data, "pack_samples", False):
+        return
+    from arctic_like.model.isolation import check_isolation
+
+    supply(
+        check_isolation, None, model=module, vocab_size=int(module.config.vocab_size),  # type: ignore[union-attr, arg-type]
+        device=world.device,
+    )  # fmt: skip
+
+
+def _start_generators(config: Any, world: World) -> None:
+    from arctic_like.engine.random_state import seed_everything
+
+    if config.deterministic:
+        import torch
+
+        torch.use_deterministic_algorithms(True)
+    seed_everything(config.seed, rank=world.rank)
+
+
+class _Notices:
+    """Emits moments while the equipment that `Trainer.emit` needs is still being built."""
+
+    def __init__(self, trainer: Trainer, callbacks: CallbackList) -> None:
+        self._trainer = trainer
+        self._callbacks = callbacks
+
+    def __call__(self, moment: str, *values: Any) -> None:
+        getattr(self._trainer, moment, lambda *_: None)(*values)
+        self._callbacks.call(moment, self._trainer, *values)
+
+    def part(self, name: str) -> _PartNotice:
+        return _PartNotice(self, name)
+
+
+@dataclass(frozen=True)
+class _PartNotice:
+    notices: Callable[..., None]
+    name: str
+
+    def __enter__(self) -> None:
+        self.notices("on_part_start", self.name)
+
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        if kind is None:
+            self.notices("on_part_end", self.name)

@@ -1,0 +1,34 @@
+"""Loss functions over tensors: no model, no config."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+IGNORE = -100
+
+
+def trained_labels(labels: Tensor, *, ignore: int = IGNORE) -> int:
+    """How many labels are trained in a batch: those after the shift that are not `ignore`.
+
+    labels: (batch, length) int64 on the host. The first place of a row predicts nothing and
+    never counts; a packed document's first label is `ignore` by the data's contract.
+    """
+    return int((labels[:, 1:] != ignore).sum())
+
+
+def next_token_loss(logits: Tensor, labels: Tensor, *, ignore: int = IGNORE) -> Tensor:
+    """Mean cross-entropy of predicting `labels[:, i + 1]` from `logits[:, i]`, in float32.
+
+    logits: (batch, length, vocabulary), any float dtype; labels: (batch, length) int64.
+    The mean is over trained labels; over none of them it is 0 with zero gradient, not NaN.
+    """
+    import torch.nn.functional as F
+
+    targets = labels[:, 1:].flatten()
+    total = F.cross_entropy(
+        logits[:, :-1].flatten(0, 1).float(), targets, ignore_index=ignore, reduction="sum"
+    )
+    return total / (targets != ignore).sum().clamp(min=1)

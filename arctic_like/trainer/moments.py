@@ -1,0 +1,97 @@
+"""The moments of a run as empty methods of the Trainer; `callbacks/base.py` draws their order."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from arctic_like.trainer.progress import Result
+
+
+class Moments:
+    """What a Trainer subclass may override; called before the callbacks' methods of the same name."""
+
+    def on_run_start(self) -> None:
+        """Before anything is built."""
+
+    def on_setup_start(self) -> None:
+        """Before the first part is built."""
+
+    def on_part_start(self, part: str) -> None:
+        """Before a part is built; `part` is its key in the recipe."""
+
+    def on_part_end(self, part: str) -> None:
+        """After a part was built."""
+
+    def on_setup_end(self) -> None:
+        """Everything is built and, when resuming, loaded."""
+
+    def on_train_start(self) -> None:
+        """Before the first evaluation and step of this process."""
+
+    def on_epoch_start(self) -> None:
+        """Before the first step of an epoch (or of its rest, when resuming)."""
+
+    def on_step_start(self) -> None:
+        """The global batch and its weight are known; `global_step` counts the steps done so far."""
+
+    def on_micro_batch_start(self, batch: Any) -> None:
+        """Before the forward of a micro-batch, which is on the device."""
+
+    def on_micro_batch_end(self, batch: Any, loss: Any) -> None:
+        """After its backward; `loss` is the `Loss`, its mean detached from nothing yet freed."""
+
+    def on_gradients_ready(self) -> None:
+        """All micro-batches are through; gradients are neither clipped nor applied."""
+
+    def on_optimizer_step_start(self) -> None:
+        """Directly before the update."""
+
+    def on_optimizer_step_end(self) -> None:
+        """Directly after the update, before the scheduler moves."""
+
+    def on_step_end(self) -> None:
+        """`global_step` counts the step that just ended."""
+
+    def on_log(self, values: dict[str, Any]) -> None:
+        """A train line is about to be written (rank zero has the values that count)."""
+
+    def on_epoch_end(self) -> None:
+        """The epoch's last step is done; its evaluation and checkpoint follow."""
+
+    def on_evaluate_start(self) -> None:
+        """The model is in eval mode; random generators are put back afterwards."""
+
+    def on_evaluate_batch_start(self, batch: Any) -> None:
+        """Before an evaluation micro-batch."""
+
+    def on_evaluate_batch_end(self, batch: Any, loss: Any) -> None:
+        """After an evaluation micro-batch."""
+
+    def on_evaluate_end(self, results: dict[str, float]) -> None:
+        """All sets are through; values added to `results` join the evaluation line."""
+
+    def on_checkpoint_start(self) -> None:
+        """Before a checkpoint is written."""
+
+    def on_checkpoint_end(self, path: Path) -> None:
+        """A checkpoint is complete and visible at `path`."""
+
+    def on_checkpoint_loaded(self, path: Path) -> None:
+        """The run continues from `path`."""
+
+    def on_stop_requested(self, reason: str) -> None:
+        """All ranks agreed to stop."""
+
+    def on_interrupt(self) -> None:
+        """The stop was asked by a signal."""
+
+    def on_exception(self, error: BaseException) -> None:
+        """The run is ending with an error on this rank."""
+
+    def on_train_end(self) -> None:
+        """No further step follows; the last evaluation and checkpoint are done."""
+
+    def on_run_end(self, result: Result) -> None:
+        """The last moment, with what the run came to."""

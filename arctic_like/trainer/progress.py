@@ -1,0 +1,47 @@
+"""Where a run stands, and what it came to."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass
+class Progress:
+    """The counters of a run; all of them are in every checkpoint.
+
+    position: samples seen since the run began; the whole state of the data order.
+    """
+
+    global_step: int = 0
+    position: int = 0
+    stopped: str = ""
+    """Why the run stops before its horizon; empty while it does not."""
+    finished: bool = False
+    """The horizon was reached and everything that follows it was done."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for a checkpoint."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What `Trainer.train` returns."""
+
+    steps: int
+    """Optimizer steps of the whole run, those before a resume included."""
+    stop_reason: str
+    """"finished", "signal", "kill_switch", "exit_iteration" or what a callback said."""
+    output_dir: Path
+    metrics: dict[str, float] = field(default_factory=dict)
+    """The last value of every metric."""
+    best: dict[str, float] = field(default_factory=dict)
+    """The lowest value of every loss and the highest of every other evaluation metric."""
+    checkpoint: Path | None = None
+    """The newest complete checkpoint, if any."""
+    exports: tuple[Path, ...] = ()
+    """Folders that other libraries can load."""
+    signal: int = 0
+    """The signal that asked for the stop, or 0."""

@@ -1,0 +1,92 @@
+"""Where a run's numbers go: `metrics.jsonl`, the record of truth, and the trackers. Rank zero alone writes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from arctic_like.registry import build
+
+if TYPE_CHECKING:
+    from arctic_like.run_info import RunInfo
+    from arctic_like.trainer.assembly import Session
+
+
+class Recorder:
+    """Writes lines; a null object on all other ranks."""
+
+    def __init__(self, session: Session, config: Any, info: RunInfo) -> None:
+        self._session = session
+        self._config = config
+        self._info = info
+        self._file: Any = None
+        self._copy: Any = None
+        self.trackers: list[Any] = []
+        if session.world.is_main:
+            self._open()
+
+    def _open(self) -> None:
+        from arctic_like.tracking.metrics_file import MetricsFile
+
+        self._file = MetricsFile(self._session.directory.path / "metrics.jsonl")
+        if self._config.train_log_metrics_path:
+            self._copy = MetricsFile(self._config.train_log_metrics_path)
+        self.trackers = [build(config, "tracker") for config in tracker_configs(self._config)]
+
+    def start(self, *, saved: dict[str, Any] | None) -> None:
+        """Begin, or go on behind the lines that a checkpoint knows of.
+
+        saved: the checkpoint's `metrics` entry; None for a new run, which starts an empty file.
+        """
+        if self._file is None:
+            return
+        offset, step = (saved["offset"], saved["step"]) if saved else (0, -1)
+        for file in filter(None, (self._file, self._copy)):
+            file.rewind(offset if file is self._file else None, step)
+        states = saved["trackers"] if saved else {}
+        for tracker in self.trackers:
+            tracker.start(
+                run_name=self._session.directory.path.name,
+                recipe=self._session.recipe.config.model_dump(mode="json"),
+                output_dir=self._session.directory.path,
+                total_steps=self._info.training_horizon,
+                state=states.get(tracker.name, {}),
+            )
+
+    def write(self, line: dict[str, Any], *, kind: str) -> None:
+        """One line. `kind`: "train", "evaluation", "epoch", "values"."""
+        if self._file is None:
+            return
+        for file in filter(None, (self._file, self._copy)):
+            file.write(line)
+        for tracker in self.trackers:
+            tracker.scalars(line["step"], {k: v for k, v in line.items() if k != "step"})
+
+    def sync(self, step: int) -> dict[str, Any]:
+        """Bring all lines to the disk; what a checkpoint must know to go on behind them."""
+        if self._file is None:
+            return {}
+        return {
+            "offset": self._file.sync(),
+            "step": step,
+            "trackers": {tracker.name: tracker.state() for tracker in self.trackers},
+        }
+
+    def finish(self, exit_code: int) -> None:
+        """Close file and trackers."""
+        for tracker in self.trackers:
+            tracker.finish(exit_code)
+        for file in filter(None, (self._file, self._copy)):
+            file.close()
+
+
+def tracker_configs(config: Any) -> list[Any]:
+    """The recipe's trackers, the console first, and `wandb:` as the tracker that it is short for."""
+    from arctic_like.registry import lookup
+
+    configs = list(config.trackers)
+    if not any(tracker.type == "console" for tracker in configs):
+        configs.insert(0, lookup("tracker", "console").config_type(type="console"))
+    if config.wandb.enable:
+        short = config.wandb.model_dump(exclude={"enable"})
+        configs.append(lookup("tracker", "wandb").config_type(type="wandb", **short))
+    return configs

@@ -1,0 +1,178 @@
+"""When checkpoints are due, what goes into them, and how a run is brought back to one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from arctic_like.checkpoint.layout import RUN_STATE, newest
+from arctic_like.errors import CheckpointError
+from arctic_like.registry import build
+from arctic_like.run_info import supply
+
+if TYPE_CHECKING:
+    from arctic_like.run_info import RunInfo
+    from arctic_like.trainer.assembly import Session
+    from arctic_like.trainer.base import Trainer
+
+FORMAT = 1
+
+
+class Saver:
+    """The checkpoint engines of a run."""
+
+    def __init__(self, session: Session, config: Any, info: RunInfo) -> None:
+        self._session = session
+        self._info = info
+        self.engines = [build(entry, "checkpoint") for entry in config.checkpoint if entry.enabled]
+        self.exports: list[Path] = []
+        self._due: list[Any] = []
+
+    def folder(self, engine: Any) -> Path:
+        """Where an engine's `step-N` folders lie."""
+        own = engine.config.output_dir
+        return Path(own) if own else self._session.directory.path / engine.folder
+
+    def due(
+        self, trainer: Trainer, *, epoch_over: bool = False, at_end: bool = False,
+        at_stop: bool = False,
+    ) -> bool:  # fmt: skip
+        """Whether an engine is due now; `save` then writes with those that are.
+
+        At the last step only the end counts, so that the last state is written once, with all that
+        follows the step in it.
+        """
+        last = trainer.global_step >= trainer.training_horizon
+        self._due = []
+        for engine in self.engines:
+            config = engine.config
+            if at_stop:
+                wanted = engine.resumable
+            elif at_end:
+                wanted = config.save_end_of_training
+            else:
+                wanted = engine.due(
+                    step=trainer.global_step,
+                    epoch=trainer.current_epoch if epoch_over else None,
+                ) and not (last and config.save_end_of_training)
+            if wanted:
+                self._due.append(engine)
+        return bool(self._due)
+
+    def save(self, trainer: Trainer) -> None:
+        """Write with every engine that is due; the resumable ones last, as they close the books."""
+        step = trainer.global_step
+        for engine in sorted(self._due, key=lambda engine: engine.resumable):
+            directory = self.folder(engine) / f"step-{step}"
+            trainer.emit("on_checkpoint_start")
+            values: dict[str, Any] = {
+                "directory": directory,
+                "module": trainer.module,
+                "tokenizer": trainer.tokenizer,
+                "engines": {n: lr.engine for n, lr in trainer.equipment.learners.items()},
+                "host": self._session.host,
+                "barrier": self._session.host.barrier,
+                "step": step,
+            }
+            if engine.resumable:
+                values |= self._state(trainer)
+            supply(engine.save, self._info, **values)
+            if not engine.resumable and directory not in self.exports:
+                self.exports.append(directory)
+            trainer.emit("on_checkpoint_end", directory)
+        self._due = []
+
+    def _state(self, trainer: Trainer) -> dict[str, Any]:
+        from arctic_like.engine.random_state import random_state
+
+        equipment, session = trainer.equipment, self._session
+        run_state = {
+            "format": FORMAT,
+            "progress": trainer.progress.as_dict(),
+            "world_size": session.world.size,
+            "zero_stage": trainer.zero_stage,
+            "global_batch_size": self._info.global_batch_size,
+            "samples": equipment.plan.size,
+            "total_steps": equipment.total_steps,
+            "metrics": equipment.recorder.sync(trainer.global_step),
+            "last": trainer.last_values(),
+            "recipe": session.recipe.config.model_dump(mode="json"),
+        }
+        rank_state = {
+            "random": random_state(),
+            "schedulers": {n: lr.scheduler.state_dict() for n, lr in equipment.learners.items()},
+            "step_ledger": equipment.step_ledger.state_dict(),
+            "epoch_ledger": equipment.epoch_ledger.state_dict(),
+            "callbacks": [c.state_dict() for c in equipment.callbacks.all],
+            "trainer": trainer.state_dict(),
+        }
+        return {
+            "run_state": session.host.from_main(run_state),
+            "rank_state": rank_state,
+            "state_bytes": _state_bytes(trainer),
+        }
+
+    def newest(self) -> Path | None:
+        """The newest complete checkpoint that a resume would pick."""
+        found = [newest(self.folder(e)) for e in self.engines if e.resumable]
+        return next((path for path in found if path), None)
+
+    def load(self, trainer: Trainer, directory: Path) -> dict[str, Any]:
+        """Bring the trainer to what `directory` holds; returns its `run.json`. Collective."""
+        from arctic_like.engine.random_state import set_random_state
+
+        engine = next((e for e in self.engines if e.resumable), None)
+        if engine is None:
+            raise CheckpointError(
+                f"{directory} cannot be resumed: the recipe has no checkpoint engine that can\n"
+                "    add to it: checkpoint: [{type: deepspeed}]"
+            )
+        saved = saved_state(directory)
+        equipment, world = trainer.equipment, self._session.world
+        engines = {n: lr.engine for n, lr in equipment.learners.items()}
+        states = supply(
+            engine.load, self._info, directory=directory, engines=engines, host=self._session.host
+        )
+        same = saved["world_size"] == world.size
+        mine = states[world.rank] if same else states[0]
+        for name, learner in equipment.learners.items():
+            learner.scheduler.load_state_dict(mine["schedulers"][name])
+            for group, rate in zip(
+                learner.optimizer.param_groups, learner.scheduler.get_last_lr(), strict=True
+            ):
+                group["lr"] = rate
+        sums = [mine] if same else (states if world.is_main else [])
+        equipment.step_ledger.load_state_dict([state["step_ledger"] for state in sums])
+        equipment.epoch_ledger.load_state_dict([state["epoch_ledger"] for state in sums])
+        for callback, state in zip(equipment.callbacks.all, mine["callbacks"], strict=False):
+            callback.load_state_dict(state)
+        trainer.load_state_dict(mine["trainer"])
+        trainer.take_up(saved)
+        if same:
+            set_random_state(mine["random"])
+        return saved
+
+
+def saved_state(directory: Path) -> dict[str, Any]:
+    """A checkpoint's `run.json`. Raises CheckpointError where it cannot be read."""
+    try:
+        saved: dict[str, Any] = json.loads((directory / RUN_STATE).read_text())
+    except (OSError, ValueError) as problem:
+        raise CheckpointError(f"{directory} is not a checkpoint of a run: {problem}") from problem
+    if saved.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{directory} has format {saved.get('format')}; this version reads {FORMAT}\n"
+            "    resume with the version that wrote it, or start anew from an export"
+        )
+    return saved
+
+
+def _state_bytes(trainer: Trainer) -> int:
+    """About what a checkpoint of all ranks takes: weights, and master weights and two moments in fp32."""
+    total = 0
+    for learner in trainer.equipment.learners.values():
+        for parameter in learner.engine.module.parameters():
+            count = int(getattr(parameter, "ds_numel", parameter.numel()))
+            total += count * (parameter.element_size() + (12 if parameter.requires_grad else 0))
+    return total
