@@ -37,7 +37,8 @@ class HFModelConfig(ModelConfig):
     """Whether code that comes with the model may run."""
 
     attn_implementation: str = "sdpa"
-    """The attention: `sdpa`, `eager`, `flash_attention_2`, …"""
+    """The attention: `sdpa`, `eager`, `flash_attention_2`, …; unless given, eager where a model has
+    no sdpa."""
 
     disable_activation_checkpoint: bool = False
     """Keep all activations for the backward pass, in place of computing them again."""
@@ -122,7 +123,7 @@ class HFModelFactory(ModelFactory):
             "dtype": getattr(torch, TORCH_DTYPES[self.config.dtype]),
             "seed": seed,
             "zero": zero,
-            "attn_implementation": self.config.attn_implementation,
+            "attn_implementation": self._attention(),
             "trust_remote_code": self.config.trust_remote_code,
         }
         try:
@@ -142,13 +143,18 @@ class HFModelFactory(ModelFactory):
             )
         return model
 
+    def _attention(self) -> str | None:
+        # None is transformers' own choice: sdpa, or eager for the few models without it.
+        given = self.config.given("attn_implementation")
+        return self.config.attn_implementation if given else None
+
     def _not_buildable(self, error: Exception) -> Problem:
         reason = next((line for line in str(error).splitlines() if line.strip()), repr(error))
         if "attention" in reason.lower():
             return Problem(
                 f"{self.config.attn_implementation!r} cannot be used here: {reason.strip()}",
                 place="model.attn_implementation",
-                hint="set it to sdpa, which every device has, or to eager",
+                hint="leave it out, or set it to sdpa or eager, which need no package",
             )
         return Problem(
             f"the model cannot be built: {reason.strip()}",

@@ -42,7 +42,7 @@ def initialise(model: nn.Module, *, seed: int, names: Collection[str] | None = N
         for name, owner, module in _calls(model):
             reach = list(_reach(module))
             if names is None or not wanted.isdisjoint(reach):
-                mine = [p for p in _own(module) if p in wanted and homes[p].module == name]
+                mine = {p for p in _own(module) if p in wanted and homes[p].module == name}
                 with whole_in_float32(reach):
                     seed_by_name(seed, name)
                     _initialise_one(owner, module, mine)
@@ -107,7 +107,7 @@ def _reach(module: nn.Module) -> Iterable[Parameter]:
             yield from child.parameters(recurse=deep)
 
 
-def _initialise_one(owner: Any, module: nn.Module, mine: list[Parameter]) -> None:
+def _initialise_one(owner: Any, module: nn.Module, mine: set[Parameter]) -> None:
     """Draw the parameters of one module, `mine` among its own; others' are left as they are."""
     foreign = [p for p in _own(module) if p not in mine and not getattr(p, _FLAG)]
     for parameter in foreign:
