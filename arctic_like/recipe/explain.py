@@ -25,6 +25,8 @@ _RULES = {
     "none_required": "empty", "string_pattern_mismatch": "text of the form {pattern}",
     "literal_error": "{expected}", "enum": "{expected}",
 }  # fmt: skip
+_LISTED = 16
+"""Most keys that a message lists."""
 _LIMITS = {
     "greater_than": "which must be more than {gt}",
     "greater_than_equal": "which must be at least {ge}",
@@ -51,7 +53,8 @@ def problems_of(error: ValidationError, root: Node, shape: Shape, owners: Owners
         if entry["type"] == "extra_forbidden":
             message, hint = _unknown_key(place, root, shape, owners)
         else:
-            message, hint = _sentence(entry, context), str(context.get("hint", ""))
+            stated = _stated(root, place, entry.get("input"))
+            message, hint = _sentence(entry, context, stated), str(context.get("hint", ""))
         # the branches of a union fail one by one at the same place: one sentence with all rules
         head, comma, rule = message.partition(", not ")
         hints, rules = found.setdefault((place, head), (hint, []))
@@ -67,8 +70,16 @@ def problems_of(error: ValidationError, root: Node, shape: Shape, owners: Owners
     return result
 
 
-def _sentence(entry: Any, context: dict[str, Any]) -> str:
-    kind, value = entry["type"], entry.get("input")
+def _stated(root: Node, place: Place, otherwise: Any) -> Any:
+    """The value as written, which a validator may have changed before it was refused."""
+    node: Node | None = root
+    for part in place:
+        node = node.child(part) if node is not None else None
+    return otherwise if node is None else node.plain(raw=True)
+
+
+def _sentence(entry: Any, context: dict[str, Any], value: Any) -> str:
+    kind = entry["type"]
     if kind == "wrong":
         return str(context["message"])
     if kind == "missing":
@@ -117,12 +128,30 @@ def _unknown_key(place: Place, root: Node, shape: Shape, owners: Owners) -> tupl
     config, name = _config_at(place[:-1], root, shape, owners)
     if config is None:
         return "is not a known key", ""
-    known = [*config.model_fields, *config.aliases]
-    near = registry.nearest(str(place[-1]), known)
+    key = str(place[-1])
     message = f"is not a key of {name}" if name else "is not a known key"
-    if near:
+    if near := registry.nearest(key, [*config.model_fields, *config.aliases]):
         return message, f"did you mean {near!r}?"
-    return message, f"known: {', '.join(sorted(config.model_fields))}"
+    if elsewhere := _elsewhere(key, config, root, shape, owners, place[:-1]):
+        return message, f"did you mean {elsewhere!r}?"
+    if len(config.model_fields) <= _LISTED:
+        return message, f"known: {', '.join(sorted(config.model_fields))}"
+    return message, "`arctic-train init` prints all keys"
+
+
+def _elsewhere(
+    key: str, config: type[Config], root: Node, shape: Shape, owners: Owners, place: Place
+) -> str:
+    """A key of that very name, or nearly, in one of the maps inside this one."""
+    found: dict[str, str] = {}
+    for field, below in shapes(config).items():
+        if below.config is None and below.choice is None:
+            continue
+        inner, _ = _config_at((*place, field), root, shape, owners)
+        for name in (*inner.model_fields, *inner.aliases) if inner is not None else ():
+            found.setdefault(name, dotted((*place, field, name)))
+    found.pop("type", None)
+    return found[near] if (near := registry.nearest(key, found)) else ""
 
 
 def _config_at(

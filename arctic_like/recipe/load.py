@@ -128,10 +128,7 @@ def _trainer(types: Node) -> type[registry.Part]:
         try:
             trainer = registry.lookup("trainer", name)
         except KeyError:
-            known = registry.names("trainer")
-            near = registry.nearest(name, known)
-            message = f"is {name!r}, which is no trainer"
-            hint = (f"did you mean {near!r}? " if near else "") + f"known: {', '.join(known)}"
+            message, hint = f"is {name!r}, which is no trainer", registry.unknown("trainer", name)
         else:
             if issubclass(trainer.config_type, TrainerConfig):
                 return trainer

@@ -105,7 +105,7 @@ class _Reader:
 
     def __init__(self, origin: Origin, problems: list[Problem]) -> None:
         self.file, self.folder, self.problems = origin.file, origin.folder, problems
-        self.first = origin.line or 1
+        self.first = origin.line
         self.open: set[int] = set()
 
     def read(self, node: yaml.Node, path: tuple[str | int, ...]) -> Node:
@@ -127,7 +127,7 @@ class _Reader:
 
     def mapping(self, node: yaml.MappingNode, path: tuple[str | int, ...]) -> dict[str, Node]:
         found: dict[str, Node] = {}
-        lines: dict[str, int] = {}
+        lines: dict[str, int | None] = {}
         inherited: dict[str, Node] = {}
         for key_node, value_node in node.value:
             if key_node.tag == _TAG + "merge":
@@ -190,8 +190,9 @@ class _Reader:
             self.report(node, path, f"has the tag {node.tag!r}; recipes hold plain values", "")
         return text
 
-    def line(self, node: yaml.Node) -> int:
-        return int(node.start_mark.line) + self.first
+    def line(self, node: yaml.Node) -> int | None:
+        """The line in the file; None for a text that is not in one (an override)."""
+        return None if self.first is None else int(node.start_mark.line) + self.first
 
     def origin(self, node: yaml.Node) -> Origin:
         return Origin(self.file, self.line(node), self.folder)
@@ -207,7 +208,7 @@ def _syntax_problem(error: yaml.YAMLError, origin: Origin) -> Problem:
     message = f"is not valid YAML: {what}" + (f" ({context})" if context else "")
     line = None
     if mark is not None:
-        line = mark.line + (origin.line or 1)
+        line = None if origin.line is None else mark.line + origin.line
         message += f", at column {mark.column + 1}"
         snippet = mark.get_snippet(indent=4, max_length=72) if mark.buffer else None
         if snippet:

@@ -18,7 +18,7 @@ from collections.abc import Iterable
 from typing import Any, ClassVar, TypeVar
 
 from arctic_like.config.base import PartConfig
-from arctic_like.registry.index import BUILT_IN
+from arctic_like.registry.index import BUILT_IN, COMING
 
 _members: dict[str, dict[str, type[Part]]] = {}
 _families: dict[str, type[Part]] = {}
@@ -124,6 +124,15 @@ def nearest(name: str, known: Iterable[str]) -> str:
     lower = {entry.lower(): entry for entry in known}
     found = difflib.get_close_matches(name.lower(), lower, n=1, cutoff=0.6)
     return lower[found[0]] if found else ""
+
+
+def unknown(family: str, name: str) -> str:
+    """The way out where `lookup` finds nothing: the nearest name, the known ones, or what is to come."""
+    if name in COMING.get(family, {}):
+        return COMING[family][name]
+    known = names(family)
+    near = nearest(name, known)
+    return (f"did you mean {near!r}? " if near else "") + f"known: {', '.join(known) or 'none'}"
 
 
 def build(config: PartConfig, family: str) -> Any:

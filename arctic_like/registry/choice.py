@@ -72,10 +72,7 @@ class Choice:
         try:
             return registry.lookup(self.family, name)
         except KeyError:
-            known = registry.names(self.family)
-            near = registry.nearest(name, known)
-            hint = f"did you mean {near!r}? " if near else ""
-            hint += f"known: {', '.join(known) or 'none'}"
+            hint = registry.unknown(self.family, name)
             raise wrong(
                 f"is {name!r}, which is no {self.family}", place="type", hint=hint
             ) from None

@@ -14,6 +14,7 @@ from __future__ import annotations
 from typing import Any
 
 from arctic_like import registry
+from arctic_like.registry.index import COMING
 
 _SUFFIXES = ("_factory_type", "_engine_type", "_type")
 
@@ -39,13 +40,15 @@ def accepts(listed: tuple[str | type[registry.Part], ...], part: type[registry.P
     """Whether `part` is one of the listed classes or derived from one; an empty list accepts all."""
     if not listed:
         return True
-    for entry in listed:
-        if isinstance(entry, str) and part.name == entry:
-            return True
-        base = registry.lookup(part.family, entry) if isinstance(entry, str) else entry
-        if issubclass(part, base):
-            return True
-    return False
+    if part.name in listed:
+        return True
+    coming = COMING.get(part.family, {})
+    bases = (
+        registry.lookup(part.family, entry) if isinstance(entry, str) else entry
+        for entry in listed
+        if entry not in coming
+    )
+    return any(issubclass(part, base) for base in bases)
 
 
 def names_of(listed: tuple[str | type[registry.Part], ...], family: str) -> list[str]:
@@ -53,6 +56,8 @@ def names_of(listed: tuple[str | type[registry.Part], ...], family: str) -> list
     found: list[str] = []
     for entry in listed:
         name = entry if isinstance(entry, str) else entry.name
+        if name in COMING.get(family, {}):
+            continue
         found += [name] if name else registry.names(family)
     return list(dict.fromkeys(found))
 
@@ -75,7 +80,7 @@ def check_factory_types(cls: type) -> None:
 
 def _check_entry(where: str, entry: Any, family: str) -> None:
     if isinstance(entry, str):
-        if entry not in registry.names(family):
+        if entry not in registry.names(family) and entry not in COMING.get(family, {}):
             near = registry.nearest(entry, registry.names(family))
             hint = f"; did you mean {near!r}?" if near else f"; known: {registry.names(family)}"
             raise TypeError(f"{where} names {entry!r}, which is no registered {family}{hint}")
