@@ -13,7 +13,7 @@ from functools import cache
 from typing import Annotated, Any, Protocol, Union, get_args, get_origin, runtime_checkable
 
 from arctic_like.config.base import Config
-from arctic_like.config.values import OneOrMany, PathMark
+from arctic_like.config.values import OneOrMany, PathMark, UnnamedToo
 
 
 @runtime_checkable
@@ -72,5 +72,7 @@ def _shape(annotation: Any, metadata: tuple[Any, ...] = ()) -> Shape:
     if origin in (list, tuple) and arguments:
         return Shape(items=_shape(arguments[0]), one_or_many=wrap)
     if origin is dict:
-        return Shape(values=_shape(arguments[1]))
+        values = _shape(arguments[1])
+        unnamed = any(isinstance(mark, UnnamedToo) for mark in metadata)
+        return Shape(values=values, items=values.items if unnamed else None)
     return PLAIN

@@ -169,3 +169,24 @@ class OneOrMany:
         self, source: Any, handler: GetCoreSchemaHandler
     ) -> CoreSchema:
         return core_schema.no_info_before_validator_function(self.wrap, handler(source))
+
+
+@dataclass(frozen=True)
+class UnnamedToo:
+    """Marks a map of lists that also accepts one list: `Annotated[dict[str, list[…]], UnnamedToo("eval")]`.
+
+    The list becomes the map's one entry, under `name`; an empty one is an empty map.
+    """
+
+    name: str
+
+    def wrap(self, value: Any) -> Any:
+        """The value as a map; anything but a list stays."""
+        if isinstance(value, list | tuple):
+            return {self.name: value} if value else {}
+        return value
+
+    def __get_pydantic_core_schema__(
+        self, source: Any, handler: GetCoreSchemaHandler
+    ) -> CoreSchema:
+        return core_schema.no_info_before_validator_function(self.wrap, handler(source))

@@ -1,0 +1,312 @@
+"""What a recipe's `data:` describes, what comes out of it, and the families that read it.
+
+    DataSource    rows of a file, a folder, a Hub data set or a user's own code
+    DataFactory   rows → documents → samples: tokenised, masked, cut, packed, cached
+
+Light: no numpy, pyarrow or torch is imported with this module.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+
+from pydantic import Field, field_validator, model_validator
+
+from arctic_like.config.base import PartConfig, wrong
+from arctic_like.config.values import (
+    HumanFloat,
+    HumanInt,
+    NameOrPath,
+    OneOrMany,
+    RecipePath,
+    UnnamedToo,
+)
+from arctic_like.registry import Part
+from arctic_like.registry.choice import Choice
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
+
+    from arctic_like.world import World
+
+LongSamples = Literal["error", "drop", "truncate_left", "truncate_right", "split"]
+Sample = dict[str, "NDArray[np.int64]"]
+"""`input_ids`, `labels`, `position_ids`: three int64 arrays of one length."""
+
+Row = tuple[str, dict[str, Any]]
+"""Where a row comes from ("train.jsonl:17"), and what stands in it."""
+
+
+class SourceConfig(PartConfig):
+    """One entry of `data.sources` or `data.eval_sources`; a bare string is its `name_or_path`."""
+
+    type: str = "huggingface"
+    """How it is read: `huggingface`, `huggingface_instruct`, `huggingface_causal`, `file`, or your own."""
+
+    name_or_path: NameOrPath = ""
+    """A file (jsonl, json, parquet, csv, txt, also .gz), a glob of files, a folder, or a Hub name;
+    `name:split` and `name:split[:100]` name a split and a part of it."""
+
+    split: str = ""
+    """Split to read, `train` (`eval` for evaluation) unless given; may end with a slice: `train[:10%]`."""
+
+    sample_ratio: HumanFloat | None = Field(default=None, gt=0, le=1)
+    """Read this share of the rows, drawn by `sample_seed`, in their order."""
+
+    sample_count: HumanInt | None = Field(default=None, ge=1)
+    """Read this many rows, drawn by `sample_seed`, in their order."""
+
+    sample_seed: HumanInt = 42
+    """Which rows `sample_ratio` and `sample_count` draw."""
+
+    process: bool = True
+    """Off for rows that are tokenised already: they hold `input_ids`, and `labels` if not all are trained."""
+
+    kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Further arguments: of `datasets.load_dataset` for a Hub name, of the reader for a file."""
+
+    split_mapping: dict[str, str] = Field(default_factory=dict)
+    """Other names of splits: `{train: train_sft, eval: test_sft}`."""
+
+    role_mapping: dict[str, str] = Field(default_factory=dict)
+    """Role → where its text stands: a column (`{user: question, assistant: answer}`), or the turns of
+    a list (`{user: conversations.from.human, assistant: conversations.from.gpt}`)."""
+
+    content_key: str = ""
+    """Key of a turn's text in lists of turns; found among content, value, text, message unless given."""
+
+    column: str = ""
+    """Column that holds the text or the turns, where it is not one of the usual names."""
+
+    @model_validator(mode="after")
+    def _one_way_to_draw(self) -> SourceConfig:
+        if self.sample_ratio is not None and self.sample_count is not None:
+            raise wrong(
+                "and sample_count are both given", place="sample_ratio", hint="keep one of them"
+            )
+        return self
+
+
+AnySource = Annotated[SourceConfig, Choice("source", short="name_or_path", default="huggingface")]
+"""A source by its `type:`, or a bare string that is its `name_or_path`."""
+
+Sources = Annotated[list[AnySource], OneOrMany()]
+"""A list of sources, or one."""
+
+
+class DataConfig(PartConfig):
+    """The recipe's `data:`."""
+
+    no_effect = {
+        "cache_fs_type": "the preparing process is found by a lock in the cache itself, which is "
+        "right on local and on shared file systems",
+        "use_data_cache": "tokenised data is always cached",
+        "cache_processed_data": "tokenised data is always cached",
+    }
+    not_yet = {
+        "repeat_to_pack_max_length": "raise `epochs`, or repeat the source in data.sources",
+        "fuse_positions_prob": "nothing replaces it: packed documents never see each other",
+    }
+
+    sources: Sources = Field(default_factory=list)
+    """What to train on: a list of sources, or one."""
+
+    eval_sources: Annotated[dict[str, Sources], UnnamedToo("eval")] = Field(default_factory=dict)
+    """What to evaluate on: a list of sources (one set, `eval`), or a map of name → sources (several sets)."""
+
+    train_eval_split: tuple[HumanFloat, HumanFloat] = (1.0, 0.0)
+    """Shares of the training rows to train on and to hold out as the evaluation set `eval`."""
+
+    max_length: HumanInt | None = Field(default=None, ge=2)
+    """Longest sample in tokens; the model's positions unless given."""
+
+    long_samples: LongSamples | None = None
+    """What to do with a document of more than `max_length` tokens: `error`, `drop`, `truncate_left`
+    (keep its end), `truncate_right` (keep its start), `split`; counted and reported. By default `drop`
+    for conversations (a cut one would teach wrong endings or answers to nothing) and `split` for text."""
+
+    filter_samples: bool = True
+    """On is `long_samples: drop`; off needs `long_samples` to say what else."""
+
+    pack_samples: bool = True
+    """Fill each sample with several documents, which never see each other."""
+
+    always_max_length: bool = False
+    """With packing: fill every sample to exactly `max_length` by cutting documents at its end; the rest
+    of a document opens the next sample, as a document of its own."""
+
+    mask_inputs: bool = True
+    """Train only what the assistant wrote; off trains every token of a conversation."""
+
+    ignore_empty_think: bool = False
+    """Leave an empty `<think></think>` at the start of an answer untrained."""
+
+    pad_to: Literal["div_length", "max_length"] = "div_length"
+    """Pad micro-batches to their longest sample, rounded up by `div_length`, or to `max_length`."""
+
+    div_length: HumanInt = Field(default=8, ge=1)
+    """Lengths of padded micro-batches are multiples of this, but never above `max_length`."""
+
+    drop_last: bool = False
+    """Leave out the short last global batch of each epoch (other samples in each epoch)."""
+
+    seed: HumanInt | None = None
+    """Order of samples and what is held out; the recipe's `seed` unless given."""
+
+    num_proc: HumanInt = Field(default=1, ge=1)
+    """Processes that render and tokenise; one uses the tokenizer's own threads."""
+
+    dl_num_workers: HumanInt = Field(default=0, ge=0)
+    """Processes on each rank that put batches together ahead of time."""
+
+    cache_dir: RecipePath | None = None
+    """Where tokenised data is kept; $ARCTIC_LIKE_CACHE, or ~/.cache/arctic_like, unless given."""
+
+    fail_on_missing_cache: bool = False
+    """Refuse to tokenise: stop unless all data is in the cache."""
+
+    cache_fs_type: Literal["auto", "local", "shared"] = "auto"
+    """Has no effect: a lock in the cache itself finds who prepares."""
+
+    use_data_cache: bool | None = None
+    """Has no effect: tokenised data is always cached."""
+
+    cache_processed_data: bool | None = None
+    """Has no effect: tokenised data is always cached."""
+
+    repeat_to_pack_max_length: bool = False
+    """Repeat a small set until it fills one sample. Not built yet."""
+
+    fuse_positions_prob: HumanFloat = Field(default=0.0, ge=0, le=1)
+    """Let packed documents see each other with this probability. Not built yet."""
+
+    @field_validator("eval_sources", mode="before")
+    @classmethod
+    def _sets_are_named(cls, value: Any) -> Any:
+        if isinstance(value, dict) and value.keys() & SourceConfig.model_fields.keys():
+            raise wrong("is one source; expected is a list", hint="put `- ` before the source")
+        return value
+
+    @model_validator(mode="after")
+    def _split_adds_up(self) -> DataConfig:
+        train, held_out = self.train_eval_split
+        if min(train, held_out) < 0 or abs(train + held_out - 1) > 1e-9 or train == 0:
+            raise wrong(
+                f"is [{train}, {held_out}], not two shares that add up to 1",
+                place="train_eval_split",
+                hint="write [0.9, 0.1] to hold out a tenth",
+            )
+        if held_out and self.eval_sources:
+            raise wrong(
+                "holds out rows although eval_sources are given",
+                place="train_eval_split",
+                hint="keep one of them",
+            )
+        return self
+
+
+class DataSource(Part, family="source"):
+    """Reads rows. A source of one's own writes `rows`; `process` in its config says what they hold.
+
+    Rows of a conversation have `messages` (a list of `role` and `content`) or `prompt` and
+    `completion`; rows of text have `text`; rows with `process: false` have `input_ids`.
+    """
+
+    config_type = SourceConfig
+    config: SourceConfig
+
+    def rows(self) -> Iterator[Row]:
+        """Every row with its place, in an order that never changes. Sampling is not its business."""
+        raise NotImplementedError
+
+    def content_key(self) -> str:
+        """Changes exactly when the rows change. By default found by reading all of them."""
+        import json
+
+        import xxhash
+
+        digest = xxhash.xxh3_128()
+        for place, row in self.rows():
+            digest.update(json.dumps([place, row], sort_keys=True, default=repr).encode())
+        return digest.hexdigest()
+
+    def describe(self) -> str:
+        """A few words for reports: what is read."""
+        return self.config.name_or_path or type(self).__name__
+
+
+class SampleSet(ABC):
+    """A set of samples: map-style, picklable, and in memory only as far as it is read.
+
+    lengths: tokens of each sample. weights: trained tokens of each sample, which is the number of
+    labels other than -100 (the first label of a document never counts).
+    """
+
+    lengths: NDArray[np.int64]
+    weights: NDArray[np.int64]
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def __getitem__(self, index: int) -> Sample:
+        """`input_ids`, `labels`, `position_ids` of one sample, each (length,) int64."""
+
+    @abstractmethod
+    def sample_id(self, index: int) -> str:
+        """Where the sample comes from: "train.jsonl:17"; of a pack its first documents, "… +5"."""
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """What a DataFactory hands to the trainer.
+
+    evaluation: name → set, in the recipe's order. facts: numbers about the training set (`samples`,
+    `documents`, `tokens`, `trained_tokens`, `dropped`, `truncated`, `fill_rate`, `max_length`), which
+    other parts may ask for by name. collate: samples → `input_ids`, `labels`, `position_ids`, each
+    (micro_batch, length) int64. report: lines for the console: what was read, cut and packed.
+    """
+
+    train: SampleSet | None
+    evaluation: dict[str, SampleSet]
+    collate: Callable[[list[Sample]], dict[str, Tensor]]
+    facts: dict[str, Any] = field(default_factory=dict)
+    report: str = ""
+
+
+class DataFactory(Part, family="data"):
+    """Turns the recipe's sources into samples. Prepares once; other processes wait and read."""
+
+    config_type = DataConfig
+    config: DataConfig
+
+    def build(
+        self,
+        *,
+        tokenizer: PreTrainedTokenizerBase,
+        output_dir: Path,
+        seed: int,
+        world: World,
+        max_positions: int | None = None,
+        micro_batch_size: int = 1,
+    ) -> PreparedData:
+        """Prepare all sets, or find them prepared.
+
+        max_positions: what the model can hold, None where it has no bound. Raises RecipeError for
+        settings and data that cannot be trained on, RunError where another process failed to prepare.
+        """
+        raise NotImplementedError
+
+
+def make_source(config: SourceConfig) -> DataSource:
+    """The source that a config describes."""
+    from arctic_like.registry import build
+
+    return cast("DataSource", build(config, "source"))

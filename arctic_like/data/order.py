@@ -1,0 +1,163 @@
+"""Which samples make up which global batch: pure functions of a position.
+
+A *position* is the number of samples that the run has passed since it began. Everything here is
+arithmetic on it, so finding the place costs the same at step 10 and at step 10 million, and nothing
+depends on ranks, workers, micro-batches or any random generator. Does not know what a sample holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from arctic_like.errors import RecipeError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+_ROUNDS = 8
+_GOLDEN = 0x9E3779B97F4A7C15
+_64 = (1 << 64) - 1
+
+
+def mix(value: int) -> int:
+    """One 64-bit integer hashed to another (splitmix64; Steele, Lea and Flood 2014)."""
+    value = (value + _GOLDEN) & _64
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _64
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _64
+    return value ^ (value >> 31)
+
+
+def key_of(*numbers: int) -> int:
+    """A 64-bit key from several integers (a seed and an epoch, say); their order matters."""
+    key = 0
+    for number in numbers:
+        key = mix(key ^ mix(number & _64))
+    return key
+
+
+def _mix_array(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """`mix` without its first addition, element by element; uint64 arithmetic wraps."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+
+def _feistel(values: NDArray[np.uint64], *, half: int, key: int) -> NDArray[np.uint64]:
+    """A bijection of the integers of 2 × `half` bits (balanced Feistel network; Luby, Rackoff 1988)."""
+    mask = np.uint64((1 << half) - 1)
+    left, right = values >> np.uint64(half), values & mask
+    for number in range(_ROUNDS):
+        round_key = np.uint64(key_of(key, number))
+        left, right = right, left ^ (_mix_array(right ^ round_key) & mask)
+    return (left << np.uint64(half)) | right
+
+
+def permute(
+    positions: NDArray[np.int64] | Sequence[int], *, size: int, key: int
+) -> NDArray[np.int64]:
+    """Where each position stands in a keyed permutation of `range(size)`; int64, same shape.
+
+    A Feistel network over the next even power of two, walked until it comes back inside
+    (cycle walking; Black and Rogaway 2002): O(1) expected for each position, whatever the size.
+    Raises IndexError for a position outside `range(size)`.
+    """
+    wanted = np.asarray(positions, dtype=np.int64)
+    if wanted.size and (wanted.min() < 0 or wanted.max() >= size):
+        raise IndexError(f"positions must lie in range({size})")
+    half = max(1, ((size - 1).bit_length() + 1) // 2)
+    values = _feistel(wanted.astype(np.uint64).ravel(), half=half, key=key)
+    outside = np.flatnonzero(values >= np.uint64(size))
+    while outside.size:
+        again = _feistel(values[outside], half=half, key=key)
+        values[outside] = again
+        outside = outside[again >= np.uint64(size)]
+    return values.astype(np.int64).reshape(wanted.shape)
+
+
+@dataclass(frozen=True)
+class GlobalBatch:
+    """The samples of one optimizer step, over all ranks.
+
+    position: samples passed before this batch. epoch: from 0. samples: indices, int64, in order.
+    """
+
+    position: int
+    epoch: int
+    samples: NDArray[np.int64]
+
+    @property
+    def next_position(self) -> int:
+        """The position after this batch."""
+        return self.position + len(self.samples)
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """Global batch by position: each sample exactly once per epoch, the short last batch included.
+
+    size: samples in the set. seed: shapes the order together with the epoch; without `shuffle` every
+    epoch is in the set's order. drop_last: leave out the short last batch of each epoch (other
+    samples each epoch); an epoch then has another length, so a change of the global batch size
+    after the first epoch moves its borders. Without it the order of samples depends on
+    size, seed and epoch alone, and a run may go on with any global batch size.
+    """
+
+    size: int
+    global_batch_size: int
+    seed: int
+    shuffle: bool = True
+    drop_last: bool = False
+
+    def __post_init__(self) -> None:
+        if self.size < 1 or self.global_batch_size < 1:
+            raise ValueError("a plan needs at least one sample, and at least one in a batch")
+        if not self.batches_per_epoch:
+            raise RecipeError(
+                f"data.drop_last leaves nothing to train on: {self.size} samples do not fill one "
+                f"global batch of {self.global_batch_size}; set data.drop_last: false"
+            )
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Optimizer steps of one epoch that starts at its first sample."""
+        full, rest = divmod(self.size, self.global_batch_size)
+        return full + (1 if rest and not self.drop_last else 0)
+
+    @property
+    def samples_per_epoch(self) -> int:
+        """Samples of one epoch: all, or with `drop_last` those of full batches."""
+        return self.batches_per_epoch * self.global_batch_size if self.drop_last else self.size
+
+    def at(self, position: int) -> GlobalBatch:
+        """The global batch that begins at `position`; it never reaches into the next epoch."""
+        if position < 0:
+            raise IndexError("a position is not negative")
+        epoch, start = divmod(position, self.samples_per_epoch)
+        stop = min(start + self.global_batch_size, self.samples_per_epoch)
+        places = np.arange(start, stop, dtype=np.int64)
+        if self.shuffle:
+            places = permute(places, size=self.size, key=key_of(self.seed, epoch))
+        return GlobalBatch(position, epoch, places)
+
+
+def split(
+    samples: Sequence[int] | NDArray[np.int64], *, micro_batch_size: int, rank: int, size: int
+) -> list[list[int]]:
+    """The micro-batches of one rank: chunk c of the global batch goes to rank c % size.
+
+    Every rank gets the same number of micro-batches; an empty list stands for nothing to do.
+    """
+    if micro_batch_size < 1 or not 0 <= rank < size:
+        raise ValueError(f"rank {rank} of {size} with micro-batches of {micro_batch_size}")
+    listed = [int(sample) for sample in samples]
+    chunks = [
+        listed[start : start + micro_batch_size]
+        for start in range(0, len(listed), micro_batch_size)
+    ]
+    rounds = -(-len(chunks) // size)
+    chunks += [[] for _ in range(rounds * size - len(chunks))]
+    return chunks[rank::size]
