@@ -125,9 +125,7 @@ class Loader:
                 here = batch.next_position
 
         fetch = _Fetch(self.samples, self.collate)
-        batches = _fetched(
-            fetch, lists(), num_workers=self.num_workers, pin_memory=self.pin_memory
-        )
+        batches = _fetched(fetch, lists(), num_workers=self.num_workers, pin_memory=self.pin_memory)
         while True:
             first = next(batches)
             batch, micro = planned.popleft()

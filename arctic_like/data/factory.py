@@ -1,0 +1,322 @@
+"""The built-in data factories: conversations (`sft`), texts (`causal`), preferences (`dpo`, declared)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from arctic_like.config.values import HumanInt
+from arctic_like.data.base import (
+    DataConfig,
+    DataFactory,
+    LongSamples,
+    PreparedData,
+    SampleSet,
+    SourceConfig,
+    make_source,
+)
+from arctic_like.errors import Problem, RecipeError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from arctic_like.data.encode import Encoder
+    from arctic_like.data.prepare import Cut, Prepared, Store
+    from arctic_like.world import World
+
+
+class SFTDataConfig(DataConfig):
+    """The recipe's `data:` for conversations."""
+
+    type: str = "sft"
+
+
+class CausalDataConfig(DataConfig):
+    """The recipe's `data:` for plain texts."""
+
+    type: str = "causal"
+
+
+class DPODataConfig(DataConfig):
+    """The recipe's `data:` for preferences."""
+
+    not_yet = {
+        **DataConfig.not_yet,
+        "max_prompt_length": "data.max_length bounds the whole sample",
+        "dpo_prompt_truncation_mode": "data.long_samples says what becomes of long samples",
+    }
+
+    type: str = "dpo"
+
+    max_prompt_length: HumanInt = Field(default=4096, ge=1)
+    """Longest prompt in tokens. Not built yet."""
+
+    dpo_prompt_truncation_mode: Literal["keep_start", "keep_end"] = "keep_start"
+    """Which end of a long prompt is kept. Not built yet."""
+
+
+class TokenDataFactory(DataFactory):
+    """What conversations and texts have in common: cached documents, cut, packed, padded.
+
+    A subclass says how rows become tokens (`encoder`) and what that depends on (`shape`).
+    """
+
+    config: DataConfig
+
+    default_long: ClassVar[LongSamples]
+    """`long_samples` where the recipe states nothing."""
+
+    def encoder(self, tokenizer: PreTrainedTokenizerBase, source: SourceConfig) -> Encoder:
+        """Rows of a source → tokens and masks."""
+        raise NotImplementedError
+
+    def shape(self) -> dict[str, Any]:
+        """The settings that shape tokens and masks, besides tokenizer and source."""
+        raise NotImplementedError
+
+    def build(
+        self,
+        *,
+        tokenizer: PreTrainedTokenizerBase,
+        output_dir: Path,
+        seed: int,
+        world: World,
+        max_positions: int | None = None,
+        micro_batch_size: int = 1,
+    ) -> PreparedData:
+        from arctic_like.data import cache
+        from arctic_like.data.collate import PaddingCollate
+        from arctic_like.data.prepare import Cut, Store, documents
+        from arctic_like.data.report import report
+
+        config = self.config
+        max_length = self._max_length(max_positions)
+        cut = Cut(
+            max_length=max_length,
+            long_samples=self._long_samples(),
+            pack=config.pack_samples,
+            fill=config.always_max_length,
+            seed=seed if config.seed is None else config.seed,
+        )
+        store = Store(
+            cache.root(config.cache_dir), config.num_proc, not config.fail_on_missing_cache
+        )
+        fingerprint = tokenizer_key(tokenizer)
+
+        def entries(sources: list[SourceConfig]) -> list[Path]:
+            return [
+                documents(
+                    make_source(source),
+                    shape={**self._shape(source), "tokenizer": fingerprint},
+                    encoder=lambda source=source: self._encoder(tokenizer, source),  # type: ignore[misc]
+                    store=store,
+                )
+                for source in sources
+            ]
+
+        sets = self._sets(entries, cut, store)
+        for name, one in sets.items():
+            _refuse_empty(name, one, self._described(name))
+        train = sets.pop("train", None)
+        evaluation: dict[str, SampleSet] = {name: one.samples for name, one in sets.items()}
+        return PreparedData(
+            train=train.samples if train else None,
+            evaluation=evaluation,
+            collate=PaddingCollate(
+                pad_token_id=int(tokenizer.pad_token_id or 0),
+                multiple=config.div_length,
+                at_most=max_length,
+                fixed=config.pad_to == "max_length",
+            ),
+            facts=dict(train.facts) if train else {},
+            report=report({**({"train": train} if train else {}), **sets}, cut),
+        )
+
+    def _sets(self, entries: Any, cut: Cut, store: Store) -> dict[str, Prepared]:
+        """Name → set: `train` first, then the evaluation sets in the recipe's order."""
+        from arctic_like.data.prepare import samples
+
+        config = self.config
+        if "train" in config.eval_sources:
+            raise RecipeError(
+                Problem("names a set 'train'", place="data.eval_sources", hint="name it otherwise")
+            )
+        sets: dict[str, Prepared] = {}
+        if config.sources:
+            trained = entries(config.sources)
+            share = config.train_eval_split[0]
+            sets["train"] = samples(trained, cut, store=store, share=(0.0, share))
+            if share < 1:
+                sets["eval"] = samples(trained, cut, store=store, share=(share, 1.0))
+        for name, sources in config.eval_sources.items():
+            found = entries([_for_evaluation(source) for source in sources])
+            sets[name] = samples(found, cut, store=store)
+        if not sets:
+            raise RecipeError(
+                Problem(
+                    "is empty: there is nothing to train on",
+                    place="data.sources",
+                    hint="name a file, a folder or a Hub data set",
+                )
+            )
+        return sets
+
+    def _described(self, name: str) -> str:
+        sources = self.config.eval_sources.get(name, self.config.sources)
+        return ", ".join(make_source(source).describe() for source in sources)
+
+    def _encoder(self, tokenizer: PreTrainedTokenizerBase, source: SourceConfig) -> Encoder:
+        from arctic_like.data.encode import TokenEncoder
+
+        return self.encoder(tokenizer, source) if source.process else TokenEncoder(len(tokenizer))
+
+    def _shape(self, source: SourceConfig) -> dict[str, Any]:
+        return {"factory": self.name, **self.shape()} if source.process else {"factory": "tokens"}
+
+    def _max_length(self, max_positions: int | None) -> int:
+        stated = self.config.max_length
+        if stated is None and max_positions is None:
+            raise RecipeError(
+                Problem(
+                    "is needed: the model has no number of positions to take it from",
+                    place="data.max_length",
+                    hint="set it to the longest sample, in tokens",
+                )
+            )
+        if stated is not None and max_positions is not None and stated > max_positions:
+            raise RecipeError(
+                Problem(
+                    f"({stated}) exceeds the model's {max_positions} positions",
+                    place="data.max_length",
+                    hint="lower it, or give the model more positions (max_position_embeddings, "
+                    "rope_scaling)",
+                )
+            )
+        return stated if stated is not None else int(max_positions or 0)
+
+    def _long_samples(self) -> LongSamples:
+        config = self.config
+        if config.long_samples is not None:
+            return config.long_samples
+        if not config.filter_samples:
+            raise RecipeError(
+                Problem(
+                    "is off, so documents longer than max_length stay, but nothing says how",
+                    place="data.filter_samples",
+                    hint="set data.long_samples: truncate_left, truncate_right or split",
+                )
+            )
+        return "drop" if config.given("filter_samples") else self.default_long
+
+
+class SFTDataFactory(TokenDataFactory):
+    """Conversations, rendered with the chat template; what the assistant wrote is trained."""
+
+    name = "sft"
+    config_type = SFTDataConfig
+    # a conversation cut on the right ends without its end, one cut on the left answers nothing
+    default_long = "drop"
+
+    def encoder(self, tokenizer: PreTrainedTokenizerBase, source: SourceConfig) -> Encoder:
+        from arctic_like.data.encode import ConversationEncoder
+
+        return ConversationEncoder(
+            tokenizer,
+            source,
+            mask_inputs=self.config.mask_inputs,
+            ignore_empty_think=self.config.ignore_empty_think,
+        )
+
+    def shape(self) -> dict[str, Any]:
+        return {
+            "mask_inputs": self.config.mask_inputs,
+            "ignore_empty_think": self.config.ignore_empty_think,
+        }
+
+
+class CausalDataFactory(TokenDataFactory):
+    """Texts with an end token, trained from their second token on."""
+
+    name = "causal"
+    config_type = CausalDataConfig
+    # no token of a long text is worth less than another
+    default_long = "split"
+
+    def encoder(self, tokenizer: PreTrainedTokenizerBase, source: SourceConfig) -> Encoder:
+        from arctic_like.data.encode import DocumentEncoder
+
+        return DocumentEncoder(tokenizer, source)
+
+    def shape(self) -> dict[str, Any]:
+        return {}
+
+
+class DPODataFactory(DataFactory):
+    """Preferences. The recipe's keys are known; preparing them comes with the preference trainer."""
+
+    name = "dpo"
+    config_type = DPODataConfig
+
+    def build(self, **values: Any) -> PreparedData:
+        raise RecipeError(
+            Problem(
+                "is 'dpo': preference data comes with the preference trainer, which is not built yet",
+                place="data.type",
+                hint="train with type: sft or type: causal",
+            )
+        )
+
+
+def _for_evaluation(source: SourceConfig) -> SourceConfig:
+    """A source of an evaluation set: its split is `eval` unless it says otherwise."""
+    from arctic_like.data.sources import named_part
+
+    if source.split or not source.name_or_path or named_part(source)[1].split:
+        return source
+    changed: SourceConfig = source.replace(split="eval")
+    return changed
+
+
+def tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Changes with everything of a tokenizer that shapes tokens: its core, template and special tokens."""
+    import json
+
+    import tokenizers
+    import transformers
+
+    from arctic_like.data.cache import key_of
+
+    core = json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else None
+    if core is not None:
+        # what a call sets in passing
+        core.pop("padding", None)
+        core.pop("truncation", None)
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    versions = [tokenizers.__version__, transformers.__version__]
+    template = tokenizer.chat_template
+    return key_of([type(tokenizer).__name__, core, template, special, versions])
+
+
+def _refuse_empty(name: str, prepared: Prepared, described: str) -> None:
+    """Raise RecipeError for a set without a sample; says what became of its documents."""
+    if len(prepared.samples):
+        return
+    facts = prepared.facts
+    place = "data.sources" if name in ("train", "eval") else f"data.eval_sources.{name}"
+    if not facts["documents"]:
+        message, hint = f"holds no row ({described})", "check the path and the split"
+    elif facts["untrained"] == facts["documents"]:
+        message = f"holds no trained token in {facts['documents']:,} documents ({described})"
+        hint = (
+            "conversations need turns of the assistant; data.mask_inputs: false trains all tokens"
+        )
+    else:
+        message = (
+            f"leaves no sample ({described}): of {facts['documents']:,} documents "
+            f"{facts['untrained']:,} have no trained token and {facts['long']:,} have more than "
+            f"{facts['max_length']:,} tokens"
+        )
+        hint = "raise data.max_length, or set data.long_samples"
+    raise RecipeError(Problem(message, place=place, hint=hint))
