@@ -1,0 +1,172 @@
+"""`huggingface`: weights, config and tokenizer that others load with `from_pretrained`."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from arctic_like.checkpoint.base import CheckpointConfig, CheckpointEngine
+from arctic_like.checkpoint.layout import step_of
+from arctic_like.checkpoint.publish import (
+    ASIDE,
+    REPLACED,
+    aside,
+    check_space,
+    files_below,
+    sync,
+)
+from arctic_like.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from arctic_like.engine.host import HostGroup
+    from arctic_like.world import World
+
+
+class HFCheckpointConfig(CheckpointConfig):
+    """A Hugging Face folder; a run cannot go on from it, other programs can."""
+
+    type: str = "huggingface"
+
+
+class HFCheckpoint(CheckpointEngine):
+    """Writes the model as a Hugging Face folder, whole or not at all."""
+
+    name = "huggingface"
+    config_type = HFCheckpointConfig
+    folder = "exports"
+
+    def save(
+        self,
+        *,
+        module: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        directory: Path,
+        world: World,
+        host: HostGroup,
+    ) -> None:
+        """Write `directory` (a `step-N`); then let go of those beyond `keep_last`. Collective.
+
+        Raises CheckpointError on every rank if it cannot be written; nothing of it is visible then.
+        """
+        export(module, tokenizer, directory=directory, host=host)
+        if world.is_main and self.config.keep_last is not None:
+            keep_exports(directory.parent, self.config.keep_last)
+
+
+def export(
+    module: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    directory: Path,
+    host: HostGroup,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write a transformers model as `directory`: aside first, synced, then renamed. Collective.
+
+    dtype: of the floating weights in the files; None keeps the trained one. A folder of that name
+    is replaced once the new one is complete. Raises CheckpointError.
+    """
+    from arctic_like.checkpoint.safetensors import write_weights
+    from arctic_like.engine.weights import weight_bytes
+
+    main = host.world.is_main
+    partial = aside(directory)
+    error: BaseException | None = None
+    if main:
+        error = _prepare(module, directory, partial, needed=weight_bytes(module))
+    host.raise_together(error)
+    error = write_weights(module, partial if main else None, dtype=dtype)
+    if main and error is None:
+        try:
+            _write_description(module, tokenizer, partial, dtype=dtype)
+            _publish(directory)
+        except (OSError, ValueError, RuntimeError) as problem:
+            error = _not_written(directory, problem)
+    elif error is not None:
+        error = _not_written(directory, error)
+    if main and error is not None:
+        shutil.rmtree(partial, ignore_errors=True)
+    host.raise_together(error)
+    host.barrier()
+
+
+def keep_exports(exports: Path, count: int) -> None:
+    """Remove all but the newest `count` exports (by step number)."""
+    found = sorted(
+        (step, path) for path in exports.iterdir() if (step := step_of(path)) is not None
+    )
+    for _, path in found[:-count]:
+        doomed = path.with_name(path.name + ASIDE)
+        path.rename(doomed)
+        shutil.rmtree(doomed)
+
+
+def _prepare(
+    module: nn.Module, directory: Path, partial: Path, *, needed: int
+) -> BaseException | None:
+    from transformers import PreTrainedModel
+
+    if not isinstance(module, PreTrainedModel):
+        return CheckpointError(
+            "the huggingface checkpoint engine writes transformers models, "
+            f"not {type(module).__name__}"
+            "\n    remove it from the recipe's checkpoint: list"
+        )
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        if refused := check_space(directory.parent, needed):
+            return CheckpointError(refused)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+    except OSError as problem:
+        return _not_written(directory, problem)
+    return None
+
+
+def _write_description(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    *,
+    dtype: torch.dtype | None,
+) -> None:
+    """Everything but the weights: configs, tokenizer with its chat template, the model's own code."""
+    import copy
+
+    from transformers.dynamic_module_utils import custom_object_save
+
+    config = copy.deepcopy(model.config)
+    config.use_cache = True  # off in training only
+    config.dtype = str(dtype or next(model.parameters()).dtype).removeprefix("torch.")
+    config.architectures = [type(model).__name__]
+    if getattr(model, "_auto_class", None) is not None:
+        custom_object_save(model, str(folder), config=config)
+    config.save_pretrained(folder)
+    if getattr(model, "generation_config", None) is not None and model.can_generate():
+        model.generation_config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _publish(folder: Path) -> None:
+    """Give what was written aside its name, once it is on the disk; an older folder goes last."""
+    written = aside(folder)
+    for name in files_below(written):
+        sync(written / name)
+    for below in sorted({written, *(p for p in written.rglob("*") if p.is_dir())}):
+        sync(below)
+    replaced = folder.with_name(folder.name + REPLACED)
+    if folder.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+        folder.rename(replaced)
+    written.rename(folder)
+    sync(folder.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _not_written(directory: Path, problem: BaseException) -> CheckpointError:
+    return CheckpointError(f"the export {directory} could not be written: {problem}")
