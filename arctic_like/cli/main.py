@@ -1,6 +1,7 @@
 """`arctic-train`: the verbs, and the recipe that needs none.
 
-Each verb lives in a module of its own, imported when it is called, so that `--help` imports none of them.
+Each verb lives in a module of its own, imported when it is called, so that `--help` imports none
+of them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Sentences on the terminal: errors and warnings, folded to the terminal's width, at most 100 columns."""
+"""Sentences on the terminal: errors and warnings, folded to the terminal's width, at most 100
+columns."""
 
 from __future__ import annotations
 
@@ -33,7 +34,8 @@ def show_problems(problems: Iterable[Problem], *, kind: str = "error") -> None:
 
 
 def _folded(line: str, indent: str | None = None) -> list[str]:
-    """One line folded at spaces; a line that points at a column (`^`) or shows code stays as it is."""
+    """One line folded at spaces; a line that points at a column (`^`) or shows code stays as it
+    is."""
     width = min(shutil.get_terminal_size().columns, 100)
     before = line[: len(line) - len(line.lstrip())]
     return textwrap.wrap(

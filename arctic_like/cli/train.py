@@ -5,10 +5,11 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
+from arctic_like.cli.startup import without_pydantic_plugins
 from arctic_like.errors import Problem, RecipeError
 
 if TYPE_CHECKING:
@@ -60,10 +61,9 @@ def train(words: list[str]) -> int:
     _refuse_misspelt_verb(words[0])
     line = split_words(words)
     from arctic_like.api import default_output_dir
-    from arctic_like.recipe import load_recipe
     from arctic_like.rundir import RunDirectory
 
-    recipe = load_recipe(line.target, line.overrides)
+    recipe = _load(line.target, line.overrides)
     _check_before_launch(recipe)
     output_dir = default_output_dir(recipe)
     resumes = recipe.config.auto_resume and not recipe.config.overwrite
@@ -81,11 +81,16 @@ def resume(words: list[str]) -> int:
     folder = Path(line.target)
     if not (folder / "recipe.yaml").is_file():
         raise RecipeError(_no_run(folder))
-    from arctic_like.recipe import load_recipe
-
-    recipe = load_recipe(folder / "recipe.yaml", line.overrides)
+    recipe = _load(folder / "recipe.yaml", line.overrides)
     _check_before_launch(recipe)
     return _launch(recipe, line, folder, resume="latest" if step is None else f"step-{step}")
+
+
+def _load(path: str | Path, overrides: list[str]) -> Recipe:
+    with without_pydantic_plugins():
+        from arctic_like.recipe import load_recipe
+
+        return load_recipe(path, overrides)
 
 
 def _launch(recipe: Recipe, line: CommandLine, output_dir: Path, *, resume: str) -> int:
@@ -101,14 +106,14 @@ def _launch(recipe: Recipe, line: CommandLine, output_dir: Path, *, resume: str)
     )
 
 
-def _check_before_launch(recipe: Any) -> None:
+def _check_before_launch(recipe: Recipe) -> None:
     """Warn of what has no effect, refuse what this version cannot carry out."""
+    from arctic_like.api import refuse_what_cannot_run
     from arctic_like.cli.show import show_problems
-    from arctic_like.recipe import run_time_refusals, warnings
+    from arctic_like.recipe import warnings
 
     show_problems(warnings(recipe.config), kind="warning")
-    if refused := run_time_refusals(recipe.config):
-        raise RecipeError(refused)
+    refuse_what_cannot_run(recipe)
 
 
 def _take_step(words: list[str]) -> tuple[list[str], int | None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from arctic_like.cli.show import show_problems
+from arctic_like.cli.startup import without_pydantic_plugins
 
 
 @click.command(name="validate", context_settings={"max_content_width": 80})
@@ -13,9 +14,10 @@ from arctic_like.cli.show import show_problems
 @click.option("--print", "wants_dump", is_flag=True, help="Print the resolved recipe.")
 def command(recipe: str, overrides: tuple[str, ...], wants_dump: bool) -> int:
     """Check a recipe without running it: nothing is loaded, opened or written."""
-    from arctic_like.recipe import load_recipe, run_time_refusals, warnings
+    with without_pydantic_plugins():
+        from arctic_like.recipe import load_recipe, run_time_refusals, warnings
 
-    loaded = load_recipe(recipe, overrides)
+        loaded = load_recipe(recipe, overrides)
     show_problems(warnings(loaded.config), kind="warning")
     refused = run_time_refusals(loaded.config)
     show_problems(refused, kind="warning")

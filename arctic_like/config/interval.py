@@ -1,4 +1,5 @@
-"""`100`, `1 epoch`, `0.5 epochs`, `5%`, `10 min`: a value that is asked whether something is due."""
+"""`100`, `1 epoch`, `0.5 epochs`, `5%`, `10 min`: a value that is asked whether something is
+due."""
 
 from __future__ import annotations
 
@@ -33,7 +34,8 @@ class Interval:
 
     @classmethod
     def of(cls, value: Any) -> Interval:
-        """Read what a recipe states. Raises pydantic's custom error with a sentence and a way out."""
+        """Read what a recipe states. Raises pydantic's custom error with a sentence and a way
+        out."""
         if isinstance(value, Interval):
             return value
         if isinstance(value, bool) or not isinstance(value, int | float | str):
@@ -66,7 +68,8 @@ class Interval:
     ) -> bool:
         """Whether it is due after optimizer step `step` (1-based).
 
-        With a period of p steps, a real number, it is due iff floor(step/p) > floor((step-1)/p): whole
+        With a period of p steps, a real number, it is due iff floor(step/p) > floor((step-1)/p):
+        whole
         periods fall on their step, fractions on the first step at or after them, none is lost.
         An interval in time is due once `seconds_since_last` has reached it; ranks must
         agree on that number (rank 0's), as clocks differ.
@@ -144,7 +147,8 @@ def _read(text: str) -> tuple[Fraction, Unit]:
 
 
 def _decimal(value: Fraction) -> str:
-    """Shortest exact decimal of a fraction that came from a decimal text; else as a quotient's float."""
+    """Shortest exact decimal of a fraction that came from a decimal text; else as a quotient's
+    float."""
     if value.denominator == 1:
         return str(value.numerator)
     rest = value.denominator

@@ -1,6 +1,7 @@
 """What stands behind a config's keys: the types, read once from the annotations.
 
-The recipe's loader walks raw maps by these shapes, before anything is validated: to replace aliases, to
+The recipe's loader walks raw maps by these shapes, before anything is validated: to replace
+aliases, to
 make paths absolute, and to name the nearest known key.
 """
 
@@ -29,7 +30,8 @@ class Chooses(Protocol):
 
 @dataclass(frozen=True)
 class Shape:
-    """One of: a nested config, a choice by `type:`, a list or map of a shape, a path, or a plain value."""
+    """One of: a nested config, a choice by `type:`, a list or map of a shape, a path, or a plain
+    value."""
 
     config: type[Config] | None = None
     choice: Chooses | None = None

@@ -27,13 +27,17 @@ _UNITS = _POWERS | {name: 2 ** (10 * (i + 1)) for i, name in enumerate(("ki", "m
 _PLAIN = r"[-+]?(?:\d+(?:_\d+)*\.?(?:\d+(?:_\d+)*)?|\.\d+)(?:[eE][-+]?\d{1,4})?"
 _NUMBER = re.compile(rf"({_PLAIN})\s*([kmbgtKMBGT]i?|%)?")
 _POWER = re.compile(r"([-+]?)(\d{1,6})\^([-+]?\d{1,4})")
-_PATTERN = r"^\s*([-+]?(\d[\d_]*\.?[\d_]*|\.\d+)([eE][-+]?\d+)?\s*([kmbgtKMBGT]i?|%)?|[-+]?\d+\^[-+]?\d+)\s*$"
+_PATTERN = (
+    r"^\s*([-+]?(\d[\d_]*\.?[\d_]*|\.\d+)([eE][-+]?\d+)?\s*([kmbgtKMBGT]i?|%)?"
+    r"|[-+]?\d+\^[-+]?\d+)\s*$"
+)
 
 
 def parse_number(text: str) -> Fraction:
     """The exact value of a number as people write it.
 
-    `k M B|G T` are powers of 1000 and `Ki Mi Gi Ti` of 1024, in either case; `10^6` is a power; `5%` is 1/20;
+    `k M B|G T` are powers of 1000 and `Ki Mi Gi Ti` of 1024, in either case; `10^6` is a power;
+    `5%` is 1/20;
     `1_000` is 1000. Raises ValueError where the text is none of these.
     """
     stripped = text.strip()
@@ -87,7 +91,8 @@ def to_int(value: Any) -> int:
 
 
 def to_float(value: Any) -> float:
-    """A number from what a recipe states: 0.1, `1e-5`, `10^-4`, `5%`. Infinity is one, NaN is not."""
+    """A number from what a recipe states: 0.1, `1e-5`, `10^-4`, `5%`. Infinity is one, NaN is
+    not."""
     rule = "a number"
     if isinstance(value, str) and value.strip().lower() in {".inf", "inf", "+.inf"}:
         return math.inf
@@ -151,7 +156,8 @@ class PathMark:
 
 
 RecipePath = Annotated[Path, PathMark()]
-"""A path. Relative ones belong to the file that states them, an override's to the current folder."""
+"""A path. Relative ones belong to the file that states them, an override's to the current
+folder."""
 
 NameOrPath = Annotated[str, PathMark(name_too=True)]
 """A Hub name or a path."""
@@ -159,7 +165,8 @@ NameOrPath = Annotated[str, PathMark(name_too=True)]
 
 @dataclass(frozen=True)
 class OneOrMany:
-    """Marks a list field that also accepts its one entry without the list: `Annotated[list[…], OneOrMany()]`."""
+    """Marks a list field that also accepts its one entry without the list: `Annotated[list[…],
+    OneOrMany()]`."""
 
     def wrap(self, value: Any) -> Any:
         """The value as a list; None stays (and is refused by the list's own validation)."""
@@ -173,7 +180,9 @@ class OneOrMany:
 
 @dataclass(frozen=True)
 class UnnamedToo:
-    """Marks a map of lists that also accepts one list: `Annotated[dict[str, list[…]], UnnamedToo("eval")]`.
+    """Marks a map of lists that also accepts one list.
+
+    `Annotated[dict[str, list[…]], UnnamedToo("eval")]`
 
     The list becomes the map's one entry, under `name`; an empty one is an empty map.
     """

@@ -1,6 +1,7 @@
 """Raw maps in their one canonical form: aliases replaced, short forms written out, paths absolute.
 
-Walks a tree by the shapes of its config classes. A map's class depends on its `type:`, which another
+Walks a tree by the shapes of its config classes. A map's class depends on its `type:`, which
+another
 layer may state; `types` is all layers merged, from which types are read.
 """
 

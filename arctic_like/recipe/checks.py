@@ -11,7 +11,8 @@ from arctic_like.recipe.tree import dotted
 
 
 def run_time_refusals(config: Config) -> list[Problem]:
-    """Keys with a value that this version cannot carry out: refused before the run, not at validation."""
+    """Keys with a value that this version cannot carry out: refused before the run, not at
+    validation."""
     return [
         Problem(f"is {_shown(getattr(owner, key))}, which is not part of this version",
                 dotted((*path, key)), instead)

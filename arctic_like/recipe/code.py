@@ -25,8 +25,10 @@ def module_name(path: Path) -> str:
 def import_code(path: Path) -> None:
     """Import a user's file, so that its classes join their families.
 
-    Once for each content: a file that changed since (in a notebook's session) is imported again. Its folder is put
-    last on the import path, for modules beside it. Raises RecipeError with file and line of what fails in it.
+    Once for each content: a file that changed since (in a notebook's session) is imported again.
+    Its folder is put
+    last on the import path, for modules beside it. Raises RecipeError with file and line of what
+    fails in it.
     """
     path = path.resolve()
     name = module_name(path)

@@ -17,9 +17,10 @@ from arctic_like.recipe.tree import Node, dotted
 Place = tuple[str | int, ...]
 
 _RULES = {
-    "int_type": "a whole number", "int_parsing": "a whole number", "int_from_float": "a whole number",
-    "int_parsing_size": "a whole number", "float_type": "a number", "float_parsing": "a number",
-    "finite_number": "a finite number", "bool_type": "true or false", "bool_parsing": "true or false",
+    "int_type": "a whole number", "int_parsing": "a whole number",
+    "int_from_float": "a whole number", "int_parsing_size": "a whole number",
+    "float_type": "a number", "float_parsing": "a number", "finite_number": "a finite number",
+    "bool_type": "true or false", "bool_parsing": "true or false",
     "string_type": "text", "list_type": "a list", "tuple_type": "a list", "dict_type": "a map",
     "model_type": "a map", "model_attributes_type": "a map", "path_type": "a path",
     "none_required": "empty", "string_pattern_mismatch": "text of the form {pattern}",
@@ -94,7 +95,8 @@ def _sentence(entry: Any, context: dict[str, Any], value: Any) -> str:
 
 
 def _place(loc: tuple[str | int, ...], root: Node, *, missing: bool) -> Place:
-    """The error's place among the recipe's keys: without the names that pydantic gives to union branches."""
+    """The error's place among the recipe's keys: without the names that pydantic gives to union
+    branches."""
     place: list[str | int] = []
     node: Node | None = root
     for i, part in enumerate(loc):

@@ -1,6 +1,7 @@
 """From a recipe's file and overrides to a validated `Recipe`, without any effect.
 
-    files (bases first) ─ parse, canonical form ─ merge ─ overrides ─ references ─ paths ─ validation
+    files (bases first) ─ parse, canonical form ─ merge ─ overrides ─ references ─ paths ─
+    validation
 
 What is wrong is collected on the way and told all at once.
 """
@@ -53,9 +54,11 @@ class Recipe:
 def load_recipe(
     source: str | os.PathLike[str] | Mapping[str, Any], overrides: Iterable[str] = ()
 ) -> Recipe:
-    """Read, merge and validate a recipe: a file's path, or a map whose paths belong to the current folder.
+    """Read, merge and validate a recipe: a file's path, or a map whose paths belong to the
+    current folder.
 
-    overrides: `key=value` texts as on the command line. Nothing is written and no library is loaded but what
+    overrides: `key=value` texts as on the command line. Nothing is written and no library is
+    loaded but what
     the user's own code imports. Raises RecipeError with everything that is wrong.
     """
     problems: list[Problem] = []
@@ -102,7 +105,8 @@ def _types(layers: list[Node], changes: list[Override]) -> Node:
 
 
 def _code(types: Node, path: Path | None) -> Path | None:
-    """The user's file: the one that `code:` names, or `train.py` beside the recipe if there is one."""
+    """The user's file: the one that `code:` names, or `train.py` beside the recipe if there is
+    one."""
     stated = types.child("code")
     if stated is not None and isinstance(stated.value, str) and not stated.broken:
         found = Path(absolute(stated.value, stated.origin.folder))

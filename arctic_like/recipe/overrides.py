@@ -1,4 +1,5 @@
-"""`optimizer.lr=1e-5`, `data.sources.0.split=train`, `checkpoint=[]`: changes from the command line."""
+"""`optimizer.lr=1e-5`, `data.sources.0.split=train`, `checkpoint=[]`: changes from the command
+line."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ class Override:
 
 
 def parse_overrides(texts: Iterable[str], problems: list[Problem]) -> list[Override]:
-    """Split and parse; what is wrong is added to `problems`. Relative paths belong to the current folder."""
+    """Split and parse; what is wrong is added to `problems`. Relative paths belong to the current
+    folder."""
     found = []
     for text in texts:
         match = _OVERRIDE.fullmatch(text)

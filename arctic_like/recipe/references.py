@@ -1,6 +1,8 @@
-"""`${other.key}`, `${env:NAME}` and `${env:NAME:default}` in a recipe's texts; `$${` is a plain `${`.
+"""`${other.key}`, `${env:NAME}` and `${env:NAME:default}` in a recipe's texts; `$${` is a plain
+`${`.
 
-A reference that is a whole value keeps its type, also a map's or a list's; inside a text it becomes text.
+A reference that is a whole value keeps its type, also a map's or a list's; inside a text it
+becomes text.
 An environment reference is expanded for the run only: dumps keep it as written.
 """
 
@@ -19,7 +21,8 @@ _REFERENCE = re.compile(r"\$\$\{|\$\{([^{}]*)\}")
 
 
 def expand(root: Node, problems: list[Problem]) -> Node:
-    """The tree with all references expanded. Problems are added, and their nodes marked as broken."""
+    """The tree with all references expanded. Problems are added, and their nodes marked as
+    broken."""
     return _Expander(root, problems).node(root, (), ())
 
 

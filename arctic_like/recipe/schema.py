@@ -80,7 +80,9 @@ def _or_reference(schema: dict[str, Any]) -> dict[str, Any]:
         return schema
     if not schema.keys() - {"description", "title", "default"}:
         return schema  # anything goes
-    outside: dict[str, Any] = {key: schema[key] for key in ("description", "default") if key in schema}
+    outside: dict[str, Any] = {
+        key: schema[key] for key in ("description", "default") if key in schema
+    }
     inside = {key: value for key, value in schema.items() if key not in outside}
     if "const" in inside:
         return schema  # a `type:` tells the variants apart

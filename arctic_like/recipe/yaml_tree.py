@@ -1,7 +1,9 @@
 """YAML text to a tree that knows its lines, by the rules of YAML 1.2's core schema.
 
-PyYAML reads YAML 1.1, where `no` is false, `1e-5` is text, `012` is ten and `1:30` is ninety. Here `no` and
-`1:30` are text, `1e-5` is a number, and `012` is refused, as readers disagree about it. Duplicate keys are
+PyYAML reads YAML 1.1, where `no` is false, `1e-5` is text, `012` is ten and `1:30` is ninety.
+Here `no` and
+`1:30` are text, `1e-5` is a number, and `012` is refused, as readers disagree about it. Duplicate
+keys are
 problems with both their lines.
 """
 
@@ -60,6 +62,19 @@ _install(_Dumper)
 def dump_yaml(value: Any) -> str:
     """Block YAML in the order of the maps; `parse_yaml` reads the same values back."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10_000)
+
+
+def inline_yaml(value: Any, *, flow: bool = True) -> list[str]:
+    """A value as lines of YAML: one line of flow style, or a block."""
+    text = yaml.dump(
+        value,
+        Dumper=_Dumper,
+        sort_keys=False,
+        allow_unicode=True,
+        width=10_000,
+        default_flow_style=flow,
+    )
+    return str(text).removesuffix("...\n").rstrip("\n").split("\n")
 
 
 def parse_yaml(text: str, origin: Origin, problems: list[Problem]) -> Node:

@@ -49,8 +49,10 @@ class Part:
 def register(cls: type[Part]) -> None:
     """Add a class to its family. Called when the class is defined; no need to call it.
 
-    Raises TypeError where the class belongs to no family, its `config_type` is no PartConfig, or another
-    class has the name. A class defined again (a notebook cell, a reloaded file) takes its own place.
+    Raises TypeError where the class belongs to no family, its `config_type` is no PartConfig, or
+    another
+    class has the name. A class defined again (a notebook cell, a reloaded file) takes its own
+    place.
     """
     if not cls.family:
         raise TypeError(
@@ -86,7 +88,8 @@ def families() -> list[str]:
 def lookup(family: str, name: str) -> type[Part]:
     """The class registered under `name`; imports its module if it is built in.
 
-    Where the name is not known, installed plug-ins are imported too. Raises KeyError if there is none;
+    Where the name is not known, installed plug-ins are imported too. Raises KeyError if there is
+    none;
     `Choice` and `recipe` turn it into a sentence with the nearest name.
     """
     members = _members.setdefault(family, {})
@@ -127,7 +130,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def unknown(family: str, name: str) -> str:
-    """The way out where `lookup` finds nothing: the nearest name, the known ones, or what is to come."""
+    """The way out where `lookup` finds nothing: the nearest name, the known ones, or what is to
+    come."""
     if name in COMING.get(family, {}):
         return COMING[family][name]
     known = names(family)

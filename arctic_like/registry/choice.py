@@ -7,7 +7,8 @@ Works in lists and optional fields, for built-in families and for a user's own:
         renderers: list[Annotated[PartConfig, Choice("renderer")]] = []
 
 The default `type`, and which types go with it, are what the enclosing part says (the trainer, or
-the data factory for its sources; see `factory_types`). Enclosing parts reach the validation through its
+the data factory for its sources; see `factory_types`). Enclosing parts reach the validation
+through its
 context: `{"owners": (nearest, …, trainer)}`. A class that names no part of the family leaves
 the field at `PartConfig()`, whose `type` is empty: no such part.
 """
@@ -49,9 +50,11 @@ class Choice:
     def config_class(
         self, name: str, owners: tuple[type, ...] = ()
     ) -> tuple[type[registry.Part] | None, type[PartConfig]]:
-        """The part and the config class that `type: name` means below `owners`; (None, PartConfig) for none.
+        """The part and the config class that `type: name` means below `owners`; (None,
+        PartConfig) for none.
 
-        Raises pydantic's custom error where the name is unknown or the part does not go with its owner.
+        Raises pydantic's custom error where the name is unknown or the part does not go with its
+        owner.
         """
         owner, listed = self._listed(owners)
         name = name or factory_types.default_of(listed) or self.default
@@ -134,6 +137,7 @@ class Choice:
     def _variants(self, handler: GetJsonSchemaHandler) -> list[dict[str, Any]]:
         variants: list[dict[str, Any]] = []
         for name, part in registry.members(self.family).items():
+            part.config_type.model_rebuild()  # it is built on first use, and this may be before
             variant = dict(handler(part.config_type.__pydantic_core_schema__))
             properties = dict(variant.get("properties", {}))
             properties["type"] = {"const": name, "description": registry.summary(part)}

@@ -5,8 +5,10 @@
         optimizer_factory_type = ("adamw", "fused_adam")          # or names of parts, which import nothing
 
 The attribute's first half is the family: `<family>_factory_type`, `<family>_engine_type` or
-`<family>_type`, for a user's own family too. A family's base class stands for all its members and gives no
-default; an empty tuple says nothing about the family. Any part may state them about the parts inside it.
+`<family>_type`, for a user's own family too. A family's base class stands for all its members and
+gives no
+default; an empty tuple says nothing about the family. Any part may state them about the parts
+inside it.
 """
 
 from __future__ import annotations
@@ -37,7 +39,8 @@ def default_of(listed: tuple[str | type[registry.Part], ...]) -> str:
 
 
 def accepts(listed: tuple[str | type[registry.Part], ...], part: type[registry.Part]) -> bool:
-    """Whether `part` is one of the listed classes or derived from one; an empty list accepts all."""
+    """Whether `part` is one of the listed classes or derived from one; an empty list accepts
+    all."""
     if not listed:
         return True
     if part.name in listed:
@@ -63,7 +66,8 @@ def names_of(listed: tuple[str | type[registry.Part], ...], family: str) -> list
 
 
 def check_factory_types(cls: type) -> None:
-    """Check the attributes in a class's own body, when it is defined. Raises TypeError with a sentence."""
+    """Check the attributes in a class's own body, when it is defined. Raises TypeError with a
+    sentence."""
     known = set(registry.families())
     for attribute, listed in vars(cls).items():
         family = _family_of(attribute, known)

@@ -1,6 +1,7 @@
 """Installed packages that announce parts through the entry-point group `arctic_like.plugins`.
 
-Each entry point names a module (or anything in it); importing it registers its parts. They are loaded
+Each entry point names a module (or anything in it); importing it registers its parts. They are
+loaded
 only when a name is not found among the built-in and registered ones, or when all names are listed.
 """
 

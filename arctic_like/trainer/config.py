@@ -64,7 +64,8 @@ class Batch:
     """How a global batch is made up, at one world size."""
 
     gradient_accumulation_steps: int
-    """Micro-batches of each rank per step. With a global batch that does not divide evenly, the most."""
+    """Micro-batches of each rank per step. With a global batch that does not divide evenly, the
+    most."""
     global_batch_size: int
     """Samples per optimizer step, over all ranks."""
 
@@ -87,12 +88,21 @@ class TrainerConfig(PartConfig):
         "mem_profiler_max_entries": "there is no memory profiler yet",
     }
     aliases: ClassVar[dict[str, str]] = {"eval_frequency": "eval_interval"}
+    example: ClassVar[dict[str, Any]] = {
+        "model": {"name_or_path": "Qwen/Qwen3-0.6B"},
+        "data": {"sources": ["./train.jsonl"]},
+        "checkpoint": [
+            {"type": "deepspeed", "save_every_n_steps": 100, "auto_resume": True},
+            {"type": "huggingface", "save_end_of_training": True},
+        ],
+    }
 
     type: str = "sft"
     """The trainer."""
 
     code: RecipePath | None = None
-    """A Python file that defines trainers or parts; `train.py` beside the recipe if there is one."""
+    """A Python file that defines trainers or parts; `train.py` beside the recipe if there is
+    one."""
 
     output_dir: RecipePath | None = None
     """The run directory; `runs/<recipe>-<time>` unless given."""
@@ -152,7 +162,8 @@ class TrainerConfig(PartConfig):
     """Train at least so many steps, going through the data again where `epochs` would be fewer."""
 
     exit_iteration: Annotated[HumanInt, Field(ge=0)] = 0
-    """Stop after this step as if the run were over, with the learning rates of the whole run; 0 is off."""
+    """Stop after this step as if the run were over, with the learning rates of the whole run; 0
+    is off."""
 
     exit_iteration_this_run: Annotated[HumanInt, Field(ge=0)] = 0
     """Stop after so many steps since this start or resume; 0 is off."""
@@ -291,7 +302,8 @@ def resolve_batch(
 ) -> Batch:
     """Accumulation and global batch size, whichever of them is given, at one world size.
 
-    Global batch = micro-batch × accumulation × ranks. Where the global batch alone is given and does not
+    Global batch = micro-batch × accumulation × ranks. Where the global batch alone is given and
+    does not
     divide evenly, the accumulation is rounded up; the last micro-batches of a step are then
     smaller or absent. Raises RecipeError where both are given and disagree.
     """
