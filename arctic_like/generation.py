@@ -39,7 +39,8 @@ def stop_tokens(tokenizer: PreTrainedTokenizerBase, model: Any) -> list[int]:
 
     The model's counts only where it is a special token here: a config that nobody adapted says 2.
     """
-    special = set(tokenizer.all_special_ids)
+    special = {*tokenizer.all_special_ids}
+    special |= {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     stated = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     of_model = stated if isinstance(stated, list | tuple) else [stated]
     found = {tokenizer.eos_token_id, *(token for token in of_model if token in special)}
