@@ -135,7 +135,7 @@ def _write_description(
     *,
     dtype: torch.dtype | None,
 ) -> None:
-    """Everything but the weights: configs, tokenizer with its chat template, the model's own code."""
+    """Everything but the weights: configs, tokenizer with chat template, the model's code."""
     import copy
 
     from transformers.dynamic_module_utils import custom_object_save

@@ -30,7 +30,7 @@ def write_weights(
     """Write the weights of a transformers model, by the names that its published checkpoints have.
 
     All ranks call it; `folder` is rank 0's, None elsewhere. Returns what went wrong in writing
-    rather than raising it, after the last weight was gathered: the other ranks are in that loop too.
+    rather than raising it, after the last weight was gathered: other ranks are in that loop too.
     """
     shards = _Shards(folder, shard_bytes=shard_bytes) if folder is not None else None
     error: BaseException | None = None

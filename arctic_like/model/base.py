@@ -70,3 +70,11 @@ class ModelFactory(Part, family="model"):
         Raises RecipeError where it cannot be built as described.
         """
         raise NotImplementedError
+
+    def for_weights(self, *, tokenizer: PreTrainedTokenizerBase) -> nn.Module:
+        """The module on the CPU, to be filled with a checkpoint's weights."""
+        from arctic_like.world import World
+
+        return self.build(
+            tokenizer=tokenizer, seed=0, world=World(), device="cpu", zero_stage=0, ds_config={}
+        )

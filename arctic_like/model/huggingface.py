@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Self
 
@@ -111,21 +112,34 @@ class HFModelFactory(ModelFactory):
         ready: nn.Module = model.train()
         return ready
 
+    def for_weights(self, *, tokenizer: PreTrainedTokenizerBase) -> nn.Module:
+        """The model on the CPU with weights yet to come: nothing is drawn, no weights are read."""
+        from arctic_like.model.hf_config import set_generation
+        from arctic_like.model.loading import unfilled
+
+        model = unfilled(self.create_config(tokenizer), **self._options())
+        if self.config.name_or_path:
+            self._take_generation(model)
+        set_generation(model, tokenizer)
+        ready: nn.Module = model
+        return ready
+
+    def _take_generation(self, model: PreTrainedModel) -> None:
+        """The generation config that comes with the pretrained model, if any does."""
+        from transformers import GenerationConfig
+
+        with contextlib.suppress(OSError):
+            model.generation_config = GenerationConfig.from_pretrained(
+                self.config.name_or_path, revision=self.config.revision
+            )
+
     def create_model(
         self, config: PretrainedConfig, *, seed: int, world: World, zero: dict[str, Any] | None
     ) -> PreTrainedModel:
         """The model with its initial weights; `zero`, the DeepSpeed dictionary, partitions it."""
-        import torch
-
         from arctic_like.model.loading import from_config, from_pretrained
 
-        shared: dict[str, Any] = {
-            "dtype": getattr(torch, TORCH_DTYPES[self.config.dtype]),
-            "seed": seed,
-            "zero": zero,
-            "attn_implementation": self._attention(),
-            "trust_remote_code": self.config.trust_remote_code,
-        }
+        shared = {**self._options(), "seed": seed, "zero": zero}
         try:
             if self.config.config is not None:
                 return from_config(config, **shared)
@@ -143,10 +157,16 @@ class HFModelFactory(ModelFactory):
             )
         return model
 
-    def _attention(self) -> str | None:
+    def _options(self) -> dict[str, Any]:
+        import torch
+
         # None is transformers' own choice: sdpa, or eager for the few models without it.
         given = self.config.given("attn_implementation")
-        return self.config.attn_implementation if given else None
+        return {
+            "dtype": getattr(torch, TORCH_DTYPES[self.config.dtype]),
+            "attn_implementation": self.config.attn_implementation if given else None,
+            "trust_remote_code": self.config.trust_remote_code,
+        }
 
     def _not_buildable(self, error: Exception) -> Problem:
         reason = next((line for line in str(error).splitlines() if line.strip()), repr(error))

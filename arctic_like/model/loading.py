@@ -41,6 +41,17 @@ def from_config(
     return model
 
 
+def unfilled(config: PretrainedConfig, *, dtype: torch.dtype, **options: Any) -> PreTrainedModel:
+    """A causal language model of that shape whose weights hold nothing of meaning."""
+    from transformers import AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+
+    with untouched_randomness(), no_init_weights():
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
+    model.tie_weights()
+    return model
+
+
 def from_pretrained(
     name_or_path: str,
     *,
