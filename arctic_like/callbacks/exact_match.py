@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, cast
 
 from pydantic import Field
 
@@ -162,21 +162,35 @@ class ExactMatch(Callback):
 
 def read_tasks(config: ExactMatchConfig, tokenizer: PreTrainedTokenizerBase) -> list[Task]:
     """The prompts of the source, in its order. Raises RecipeError naming the row that is wrong."""
-    from arctic_like.data.base import make_source
+    from arctic_like.data.base import SourceConfig, make_source
+    from arctic_like.data.prepare import chosen_rows
+    from arctic_like.data.shapes import RowError, conversation
 
-    rows = list(itertools.islice(make_source(config.source).rows(), config.limit))  # type: ignore[arg-type]
+    source = cast(SourceConfig, config.source)
+    rows = list(itertools.islice(chosen_rows(make_source(source)), config.limit))
     if not rows:
         raise _wrong("holds no rows", "name a source with conversations")
     group_by = config.group_by
     if group_by is None:
         group_by = "kind" if all("kind" in row for _, row in rows) else ""
-    return [_task(place, row, group_by=group_by, tokenizer=tokenizer) for place, row in rows]
+    tasks = []
+    for place, row in rows:
+        try:
+            messages = conversation(row, source)
+        except RowError as error:
+            raise _wrong(f"has a row that {error} ({place})", "see `data.sources`") from None
+        tasks.append(_task(place, row, messages, group_by=group_by, tokenizer=tokenizer))
+    return tasks
 
 
 def _task(
-    place: str, row: dict[str, Any], *, group_by: str, tokenizer: PreTrainedTokenizerBase
+    place: str,
+    row: dict[str, Any],
+    messages: list[dict[str, Any]],
+    *,
+    group_by: str,
+    tokenizer: PreTrainedTokenizerBase,
 ) -> Task:
-    messages = _messages(place, row)
     answered = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if not answered or answered[-1] == 0:
         raise _wrong(
@@ -190,25 +204,14 @@ def _task(
         )
     end = answered[-1]
     return Task(
-        prompt=tuple(prompt_ids(tokenizer, messages[:end])),
+        prompt=tuple(prompt_ids(tokenizer, [_plain(message) for message in messages[:end]])),
         answer=str(messages[end]["content"]).strip(),
         group=str(row[group_by]) if group_by else "",
     )
 
 
-def _messages(place: str, row: dict[str, Any]) -> list[dict[str, Any]]:
-    if isinstance(row.get("messages"), list):
-        return list(row["messages"])
-    if "prompt" in row and "completion" in row:
-        return [*_turns(row["prompt"], "user"), *_turns(row["completion"], "assistant")]
-    raise _wrong(
-        f"has a row without `messages` ({place}); its columns: {', '.join(row)}",
-        "map its columns with source.role_mapping",
-    )
-
-
-def _turns(value: Any, role: str) -> list[dict[str, Any]]:
-    return list(value) if isinstance(value, list) else [{"role": role, "content": str(value)}]
+def _plain(message: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in message.items() if key != "train"}
 
 
 def check_room(tasks: list[Task], model: Any, config: ExactMatchConfig) -> None:

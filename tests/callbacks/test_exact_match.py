@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import random
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -99,13 +98,14 @@ class FakeTrainer:
 
 
 @pytest.fixture
-def callback(monkeypatch):
-    """Makes the callback over given rows, read by a stand-in for a data source."""
+def callback(tmp_path):
+    """Makes the callback over given rows."""
 
-    def make(rows, **config) -> ExactMatch:
-        source = SimpleNamespace(rows=lambda: iter((f"f:{i}", r) for i, r in enumerate(rows)))
-        monkeypatch.setattr("arctic_like.data.base.make_source", lambda _: source)
-        return ExactMatch(ExactMatchConfig.model_construct(source=None, **config))
+    def make(rows, *, source=None, **config) -> ExactMatch:
+        path = tmp_path / "rows.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        place = {"type": "file", "name_or_path": str(path), **(source or {})}
+        return ExactMatch(ExactMatchConfig(source=place, **config))
 
     return make
 
@@ -175,6 +175,18 @@ def test_only_the_last_answer_is_asked_for_and_history_is_given(callback):
     text = "<|system|>s<|end|><|user|>q1<|end|><|assistant|>a1<|end|><|user|>q2<|end|><|assistant|>"
     assert TOKENIZER.decode(task.prompt) == text
     assert (task.answer, task.group) == ("a2", "")
+
+
+def test_rows_are_read_as_the_data_section_reads_them(callback):
+    rows = [{"ask": f"q{i}", "say": f"a{i}"} for i in range(5)]
+    mapped = {"role_mapping": {"user": "ask", "assistant": "say"}}
+    tasks = exact_match.read_tasks(callback(rows, source=mapped).config, TOKENIZER)
+    assert [task.answer for task in tasks] == [f"a{i}" for i in range(5)]
+    assert [bytes(task.prompt[1:3]).decode() for task in tasks] == [f"q{i}" for i in range(5)]
+    drawn = callback(rows, source={**mapped, "sample_count": 2}).config
+    assert len(exact_match.read_tasks(drawn, TOKENIZER)) == 2
+    pair = callback([{"prompt": "q", "completion": "a"}]).config
+    assert [task.answer for task in exact_match.read_tasks(pair, TOKENIZER)] == ["a"]
 
 
 @given(
@@ -280,7 +292,7 @@ def test_summary_goes_from_the_first_to_the_last_values_over_a_resume(callback):
     ("rows", "config", "expected"),
     [
         ([], {}, "holds no rows"),
-        ([{"text": "x"}], {}, "without `messages` .f:0.; its columns: text"),
+        ([{"text": "x"}], {}, "has the columns 'text'; expected is `messages`.*rows.jsonl:1"),
         ([{"messages": [{"role": "user", "content": "q"}]}], {}, "without a question and its"),
         ([conversation("q", "a")], {"group_by": "kind"}, "without the column 'kind'"),
         ([conversation("q" * 300, "a")], {}, "more than the model's 256 positions"),
