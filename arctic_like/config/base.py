@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import BaseModel, ConfigDict, GetJsonSchemaHandler, model_validator
+from pydantic_core import CoreSchema, PydanticCustomError
 
 
 def wrong(message: str, *, place: str = "", hint: str = "") -> PydanticCustomError:
@@ -59,6 +59,21 @@ class Config(BaseModel):
             if name != key and name in data:
                 raise wrong(f"and {name!r} are the same key", place=key, hint=f"keep {name!r}")
             result[name] = value
+        return result
+
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        """Aliases are keys in the schema too, and keys without an effect are marked."""
+        result = handler(schema)
+        body = handler.resolve_ref_schema(result)
+        properties = body.get("properties", {})
+        for key in cls.no_effect:
+            properties[key] = {**properties[key], "deprecated": True}
+        for alias, name in cls.aliases.items():
+            described = {"description": f"Another spelling of `{name}`."}
+            properties[alias] = {**properties[name], **described}
         return result
 
 

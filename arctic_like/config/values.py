@@ -17,7 +17,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, GetCoreSchemaHandler, WithJsonSchema
+from pydantic import BeforeValidator, GetCoreSchemaHandler, GetJsonSchemaHandler, WithJsonSchema
 from pydantic_core import CoreSchema, core_schema
 
 from arctic_like.config.base import wrong
@@ -177,6 +177,12 @@ class OneOrMany:
     ) -> CoreSchema:
         return core_schema.no_info_before_validator_function(self.wrap, handler(source))
 
+    def __get_pydantic_json_schema__(
+        self, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        entries = handler(schema)
+        return {"anyOf": [entries, entries["items"]]}
+
 
 @dataclass(frozen=True)
 class UnnamedToo:
@@ -199,3 +205,9 @@ class UnnamedToo:
         self, source: Any, handler: GetCoreSchemaHandler
     ) -> CoreSchema:
         return core_schema.no_info_before_validator_function(self.wrap, handler(source))
+
+    def __get_pydantic_json_schema__(
+        self, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        entries = handler(schema)
+        return {"anyOf": [entries, entries["additionalProperties"]]}

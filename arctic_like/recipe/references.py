@@ -83,13 +83,10 @@ class _Expander:
         target = self.find(name)
         if target is None:
             near = registry.nearest(name, _places(self.root, ()))
-            hint = (
-                f"did you mean ${{{near}}}?"
-                if near
-                else (
-                    f"state `{name}`, write ${{env:{name}}} for an environment variable, or $${{ for a plain ${{"
-                )
-            )
+            hint = f"did you mean ${{{near}}}?" if near else (
+                f"state `{name}`, or write ${{env:{name}}} for an environment variable, "
+                "$${ for a plain ${"
+            )  # fmt: skip
             self.report(
                 node, path, f"refers to ${{{name}}}, which this recipe does not state", hint
             )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from arctic_like import registry
+from arctic_like.registry.choice import describing
 from arctic_like.trainer.config import TrainerConfig
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
@@ -22,7 +23,8 @@ def recipe_schema() -> dict[str, Any]:
     branches: list[dict[str, Any]] = []
     definitions: dict[str, Any] = {}
     for name, part in trainers.items():
-        schema = part.config_type.model_json_schema()
+        with describing(part):
+            schema = part.config_type.model_json_schema()
         definitions |= schema.pop("$defs", {})
         schema["properties"] = _recipe_keys(schema["properties"], name, registry.summary(part))
         definitions[f"trainer_{name}"] = schema
@@ -50,27 +52,25 @@ def _recipe_keys(properties: dict[str, Any], name: str, summary: str) -> dict[st
 
 
 def relaxed(schema: Any) -> Any:
-    """A schema in which every value may be a reference and no key is required."""
+    """A schema in which every value may be a reference, and only a `type` is required."""
     if isinstance(schema, list):
         return [relaxed(entry) for entry in schema]
     if not isinstance(schema, dict):
         return schema
-    result = {
-        key: relaxed(value)
-        for key, value in schema.items()
-        if key not in ("required", "default", "properties", "examples", "const", "enum")
-    }
-    for key in ("default", "const", "enum", "examples"):
-        if key in schema:
-            result[key] = schema[key]
-    if "properties" in schema:
-        result["properties"] = {
-            key: _or_reference(relaxed(value)) for key, value in schema["properties"].items()
-        }
-    if "additionalProperties" in schema and isinstance(schema["additionalProperties"], dict):
-        result["additionalProperties"] = _or_reference(relaxed(schema["additionalProperties"]))
-    if isinstance(schema.get("items"), dict):
-        result["items"] = _or_reference(relaxed(schema["items"]))
+    result = {}
+    for key, value in schema.items():
+        if key in ("default", "const", "enum", "examples"):
+            result[key] = value
+        elif key == "required":
+            result[key] = [name for name in value if name == "type"]
+        elif key == "properties":
+            result[key] = {name: _or_reference(relaxed(entry)) for name, entry in value.items()}
+        elif key in ("additionalProperties", "items") and isinstance(value, dict):
+            result[key] = _or_reference(relaxed(value))
+        elif key == "prefixItems":
+            result[key] = [_or_reference(relaxed(entry)) for entry in value]
+        else:
+            result[key] = relaxed(value)
     return result
 
 
@@ -83,7 +83,7 @@ def _or_reference(schema: dict[str, Any]) -> dict[str, Any]:
     outside: dict[str, Any] = {
         key: schema[key] for key in ("description", "default") if key in schema
     }
-    inside = {key: value for key, value in schema.items() if key not in outside}
+    inside = {key: value for key, value in schema.items() if key not in (*outside, "title")}
     if "const" in inside:
         return schema  # a `type:` tells the variants apart
     branches = inside["anyOf"] if inside.keys() == {"anyOf"} else [inside]

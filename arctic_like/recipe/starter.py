@@ -33,9 +33,26 @@ def starting_recipe(trainer: type[registry.Part]) -> str:
         "",
     ]
     config = trainer.config_type
-    stated = {"type": trainer.name, **config.example}
+    stated = {"type": trainer.name, **_fitting(config, trainer)}
     body = _map(config, stated, (trainer,), 0)
     return "\n".join([*_fold(head), *body]) + "\n"
+
+
+def _fitting(config: type[Config], trainer: type[registry.Part]) -> dict[str, Any]:
+    """The config's example without the parts that this trainer does not work with."""
+    found: dict[str, Any] = {}
+    for name, value in config.example.items():
+        shape = shapes(config)[name]
+        if isinstance(value, list) and shape.items is not None:
+            value = [
+                entry
+                for entry in value
+                if chosen(shape.items, node_of(entry, Origin()), (trainer,))[0] is not None
+            ]
+        elif shape.choice is not None and chosen(shape, None, (trainer,))[1] == (trainer,):
+            continue
+        found[name] = value
+    return found
 
 
 def _map(

@@ -13,7 +13,7 @@ class Origin:
     """Where a value was written."""
 
     file: str = ""
-    """As shown in messages: a path relative to the current folder if below it, or "command line"."""
+    """As messages show it: relative to the current folder if below it, or "command line"."""
     line: int | None = None
     folder: Path = Path()
     """What relative paths in it belong to."""

@@ -13,6 +13,7 @@ the parts that a recipe names are imported.
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 from collections.abc import Iterable
 from typing import Any, ClassVar, TypeVar
@@ -115,9 +116,9 @@ def members(family: str) -> dict[str, type[Part]]:
 
 def summary(part: type[Part]) -> str:
     """The first sentence of a part's docstring, for lists and the schema; empty without one."""
-    text = " ".join((part.__doc__ or "").strip().split("\n\n")[0].split())
-    head, stop, _ = text.partition(". ")
-    return head + stop.strip()
+    text = " ".join((part.__dict__.get("__doc__") or "").strip().split("\n\n")[0].split())
+    text = re.sub(r"^`type: \w+`[:.,]?\s*", "", text)
+    return re.split(r"(?<=[^l]\.) (?=[A-Z`])", text)[0]
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

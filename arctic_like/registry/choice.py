@@ -16,7 +16,8 @@ the field at `PartConfig()`, whose `type` is empty: no such part.
 from __future__ import annotations
 
 import types
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Union, get_args, get_origin
 
@@ -28,7 +29,9 @@ from arctic_like.config.base import PartConfig, wrong
 from arctic_like.config.values import shown
 from arctic_like.registry import factory_types
 
-_being_described: ContextVar[tuple[str, ...]] = ContextVar("_being_described", default=())
+_described: ContextVar[tuple[tuple[str, ...], tuple[type, ...]]] = ContextVar(
+    "_described", default=((), ())
+)
 
 
 class Choice:
@@ -119,32 +122,53 @@ class Choice:
     def __get_pydantic_json_schema__(
         self, schema: CoreSchema, handler: GetJsonSchemaHandler
     ) -> dict[str, Any]:
-        described = _being_described.get()
-        if self.family in described:  # a family whose parts hold parts of the same family
-            result: dict[str, Any] = {"type": "object"}
+        families, owners = _described.get()
+        if self.family in families:  # parts that hold parts of their own family
+            variants: list[dict[str, Any]] = [{"type": "object"}]
         else:
-            token = _being_described.set((*described, self.family))
-            try:
-                result = {"anyOf": self._variants(handler)}
-            finally:
-                _being_described.reset(token)
-        return (
-            {"anyOf": [*result.get("anyOf", [result]), {"type": "null"}]}
-            if (schema["type"] == "nullable")
-            else result
-        )
-
-    def _variants(self, handler: GetJsonSchemaHandler) -> list[dict[str, Any]]:
-        variants: list[dict[str, Any]] = []
-        for name, part in registry.members(self.family).items():
-            part.config_type.model_rebuild()  # it is built on first use, and this may be before
-            variant = dict(handler(part.config_type.__pydantic_core_schema__))
-            properties = dict(variant.get("properties", {}))
-            properties["type"] = {"const": name, "description": registry.summary(part)}
-            variants.append({**variant, "properties": properties, "title": f"{self.family} {name}"})
+            variants = list(self._variants(handler, families, owners))
         if self.short:
             variants.append({"type": "string"})
-        return variants
+        if schema["type"] == "nullable":
+            variants.append({"type": "null"})
+        return {"anyOf": variants}
+
+    def _variants(
+        self, handler: GetJsonSchemaHandler, families: tuple[str, ...], owners: tuple[type, ...]
+    ) -> Iterator[dict[str, Any]]:
+        """One schema for each part that fits the owners; the default may leave `type` out."""
+        _, listed = self._listed(owners)
+        default = factory_types.default_of(listed) or self.default
+        for name, part in registry.members(self.family).items():
+            if not factory_types.accepts(listed, part):
+                continue
+            part.config_type.model_rebuild()  # it is built on first use, and this may be before
+            # the handler skips the outermost schema's own hook (which adds the aliases): wrap it
+            own = core_schema.no_info_after_validator_function(
+                _same, part.config_type.__pydantic_core_schema__
+            )
+            with describing(part, *owners, families=(*families, self.family)):
+                variant = dict(handler(own))
+            properties = dict(variant.get("properties", {}))
+            properties["type"] = {"const": name, "description": registry.summary(part)}
+            # `required` without `type`: a base file or an override may state the others
+            required = [] if name == default else ["type"]
+            title = f"{self.family} {name}"
+            yield {**variant, "properties": properties, "required": required, "title": title}
+
+
+@contextmanager
+def describing(*owners: type, families: tuple[str, ...] = ()) -> Iterator[None]:
+    """While a JSON Schema is made: the enclosing parts, and the families around it."""
+    token = _described.set((families, owners))
+    try:
+        yield
+    finally:
+        _described.reset(token)
+
+
+def _same(value: Any) -> Any:
+    return value
 
 
 def _serialise(value: Any, info: core_schema.SerializationInfo) -> Any:

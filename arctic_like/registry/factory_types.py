@@ -1,8 +1,8 @@
 """The `…_factory_type` attributes, by which a class says which parts it works with.
 
     class MyTrainer(Trainer):
-        model_factory_type = (MyModelFactory, HFModelFactory)     # classes: the first is the default
-        optimizer_factory_type = ("adamw", "fused_adam")          # or names of parts, which import nothing
+        model_factory_type = (MyModelFactory, HFModelFactory)  # classes: the first is the default
+        optimizer_factory_type = ("adamw", "fused_adam")       # or names, which import nothing
 
 The attribute's first half is the family: `<family>_factory_type`, `<family>_engine_type` or
 `<family>_type`, for a user's own family too. A family's base class stands for all its members and

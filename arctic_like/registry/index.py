@@ -6,8 +6,6 @@ A test walks the package and fails if a class is missing here.
 from __future__ import annotations
 
 COMING: dict[str, dict[str, str]] = {
-    "trainer": {"dpo": "preference training is not part of this version"},
-    "data": {"dpo": "preference data is not part of this version"},
     "model": {"liger": "use 'huggingface'; Liger kernels are not part of this version"},
 }
 """Names of ArcticTraining's parts that this version does not have, with what to say about them."""
@@ -16,10 +14,12 @@ BUILT_IN: dict[str, dict[str, str]] = {
     "trainer": {
         "sft": "arctic_like.trainer.sft:SFTTrainer",
         "causal": "arctic_like.trainer.causal:CausalTrainer",
+        "dpo": "arctic_like.trainer.dpo:DPOTrainer",
     },
     "data": {
         "sft": "arctic_like.data.factory:SFTDataFactory",
         "causal": "arctic_like.data.factory:CausalDataFactory",
+        "dpo": "arctic_like.data.factory:DPODataFactory",
     },
     "source": {
         "huggingface": "arctic_like.data.sources:HFSource",

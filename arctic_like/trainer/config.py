@@ -74,7 +74,7 @@ class TrainerConfig(PartConfig):
     """The whole recipe. A trainer's own config class adds keys to it."""
 
     not_yet: ClassVar[dict[str, str]] = {
-        "sequence_parallel_size": "train on shorter sequences, or use ZeRO stage 3 with CPU offload",
+        "sequence_parallel_size": "train on shorter sequences, or use ZeRO stage 3 and offload",
         "expert_parallel_size": "every rank holds all experts; ZeRO stage 3 partitions them",
         "tiled_mlp_compute": "activation checkpointing (on by default) saves most of that memory",
         "activation_checkpoint_cpu_offload": (
@@ -258,9 +258,9 @@ class TrainerConfig(PartConfig):
         resuming = [c.type for c in self.checkpoint if getattr(c, "auto_resume", False)]
         if len(resuming) > 1:
             raise wrong(
-                f"has auto_resume in {len(resuming)} entries ({', '.join(resuming)}); one can resume",
+                f"has auto_resume in {len(resuming)} entries ({', '.join(resuming)})",
                 place="checkpoint",
-                hint="keep it in one of them",
+                hint="one can resume: keep it there",
             )
         if self.wandb.enable and any(tracker.type == "wandb" for tracker in self.trackers):
             raise wrong(
@@ -316,8 +316,9 @@ def resolve_batch(
     if stated is not None and stated * per_micro_step != global_batch_size:
         raise RecipeError(
             Problem(
-                f"is {global_batch_size}, but micro_batch_size × gradient_accumulation_steps × ranks "
-                f"is {micro_batch_size} × {stated} × {world_size} = {stated * per_micro_step}",
+                f"is {global_batch_size}, but micro_batch_size × gradient_accumulation_steps "
+                f"× ranks is {micro_batch_size} × {stated} × {world_size} "
+                f"= {stated * per_micro_step}",
                 place="global_batch_size",
                 hint="leave gradient_accumulation_steps out: it is derived for any number of ranks",
             )
