@@ -48,14 +48,16 @@ class SourceConfig(PartConfig):
     """One entry of `data.sources` or `data.eval_sources`; a bare string is its `name_or_path`."""
 
     type: str = "huggingface"
-    """How it is read: `huggingface`, `huggingface_instruct`, `huggingface_causal`, `file`, or your own."""
+    """How it is read: `huggingface`, `huggingface_instruct`, `huggingface_causal`, `file`, or your
+    own."""
 
     name_or_path: NameOrPath = ""
     """A file (jsonl, json, parquet, csv, txt, also .gz), a glob of files, a folder, or a Hub name;
     `name:split` and `name:split[:100]` name a split and a part of it."""
 
     split: str = ""
-    """Split to read, `train` (`eval` for evaluation) unless given; may end with a slice: `train[:10%]`."""
+    """Split to read, `train` (`eval` for evaluation) unless given; may end with a slice:
+    `train[:10%]`."""
 
     sample_ratio: HumanFloat | None = Field(default=None, gt=0, le=1)
     """Read this share of the rows, drawn by `sample_seed`, in their order."""
@@ -67,7 +69,8 @@ class SourceConfig(PartConfig):
     """Which rows `sample_ratio` and `sample_count` draw."""
 
     process: bool = True
-    """Off for rows that are tokenised already: they hold `input_ids`, and `labels` if not all are trained."""
+    """Off for rows that are tokenised already: they hold `input_ids`, and `labels` if not all are
+    trained."""
 
     kwargs: dict[str, Any] = Field(default_factory=dict)
     """Further arguments: of `datasets.load_dataset` for a Hub name, of the reader for a file."""
@@ -76,11 +79,12 @@ class SourceConfig(PartConfig):
     """Other names of splits: `{train: train_sft, eval: test_sft}`."""
 
     role_mapping: dict[str, str] = Field(default_factory=dict)
-    """Role → where its text stands: a column (`{user: question, assistant: answer}`), or the turns of
-    a list (`{user: conversations.from.human, assistant: conversations.from.gpt}`)."""
+    """Role → where its text stands: a column (`{user: question, assistant: answer}`), or the turns
+    of a list (`{user: conversations.from.human, assistant: conversations.from.gpt}`)."""
 
     content_key: str = ""
-    """Key of a turn's text in lists of turns; found among content, value, text, message unless given."""
+    """Key of a turn's text in lists of turns; found among content, value, text, message unless
+    given."""
 
     column: str = ""
     """Column that holds the text or the turns, where it is not one of the usual names."""
@@ -119,7 +123,8 @@ class DataConfig(PartConfig):
     """What to train on: a list of sources, or one."""
 
     eval_sources: Annotated[dict[str, Sources], UnnamedToo("eval")] = Field(default_factory=dict)
-    """What to evaluate on: a list of sources (one set, `eval`), or a map of name → sources (several sets)."""
+    """What to evaluate on: a list of sources (one set, `eval`), or a map of name → sources (several
+    sets)."""
 
     train_eval_split: tuple[HumanFloat, HumanFloat] = (1.0, 0.0)
     """Shares of the training rows to train on and to hold out as the evaluation set `eval`."""
@@ -129,8 +134,9 @@ class DataConfig(PartConfig):
 
     long_samples: LongSamples | None = None
     """What to do with a document of more than `max_length` tokens: `error`, `drop`, `truncate_left`
-    (keep its end), `truncate_right` (keep its start), `split`; counted and reported. By default `drop`
-    for conversations (a cut one would teach wrong endings or answers to nothing) and `split` for text."""
+    (keep its end), `truncate_right` (keep its start), `split`; counted and reported. By default
+    `drop` for conversations (a cut one would teach wrong endings or answers to nothing) and `split`
+    for text."""
 
     filter_samples: bool = True
     """On is `long_samples: drop`; off needs `long_samples` to say what else."""
@@ -139,8 +145,8 @@ class DataConfig(PartConfig):
     """Fill each sample with several documents, which never see each other."""
 
     always_max_length: bool = False
-    """With packing: fill every sample to exactly `max_length` by cutting documents at its end; the rest
-    of a document opens the next sample, as a document of its own."""
+    """With packing: fill every sample to exactly `max_length` by cutting documents at its end; the
+    rest of a document opens the next sample, as a document of its own."""
 
     mask_inputs: bool = True
     """Train only what the assistant wrote; off trains every token of a conversation."""
@@ -223,7 +229,8 @@ class DataSource(Part, family="source"):
     config: SourceConfig
 
     def rows(self) -> Iterator[Row]:
-        """Every row with its place, in an order that never changes. Sampling is not its business."""
+        """Every row with its place, in an order that never changes. Sampling is not its
+        business."""
         raise NotImplementedError
 
     def content_key(self) -> str:
@@ -269,9 +276,9 @@ class PreparedData:
     """What a DataFactory hands to the trainer.
 
     evaluation: name → set, in the recipe's order. facts: numbers about the training set (`samples`,
-    `documents`, `tokens`, `trained_tokens`, `dropped`, `truncated`, `fill_rate`, `max_length`), which
-    other parts may ask for by name. collate: samples → `input_ids`, `labels`, `position_ids`, each
-    (micro_batch, length) int64. report: lines for the console: what was read, cut and packed.
+    `documents`, `tokens`, `trained_tokens`, `dropped`, `truncated`, `fill_rate`, `max_length`),
+    which other parts may ask for by name. collate: samples → `input_ids`, `labels`, `position_ids`,
+    each (micro_batch, length) int64. report: lines for the console: what was read, cut and packed.
     """
 
     train: SampleSet | None
@@ -300,7 +307,8 @@ class DataFactory(Part, family="data"):
         """Prepare all sets, or find them prepared.
 
         max_positions: what the model can hold, None where it has no bound. Raises RecipeError for
-        settings and data that cannot be trained on, RunError where another process failed to prepare.
+        settings and data that cannot be trained on, RunError where another process failed to
+        prepare.
         """
         raise NotImplementedError
 

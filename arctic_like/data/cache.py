@@ -1,7 +1,7 @@
-"""A folder of prepared data: each entry under a key of everything that shapes it, whole or not there.
+"""A folder of prepared data: entries under keys of everything that shapes them, whole or absent.
 
     <root>/<kind>/<key>/          the entry; `complete.json` in it is written last
-    <root>/<kind>/<key>.lock      held (flock) by the process that prepares it; holds its host and pid
+    <root>/<kind>/<key>.lock      held (flock) by the process that prepares it; says which that is
     <root>/<kind>/<key>.error     why the last attempt failed, for those that wait
 
 No collective is involved: whoever takes the lock prepares, all others look at the file system. The
@@ -77,8 +77,9 @@ def obtain(
 ) -> Path:
     """The complete entry `folder/key`, made by `prepare` here or in another process.
 
-    prepare: fills an empty folder and returns facts for the marker. Raises RecipeError where the entry
-    is not there and `missing_ok` is false, and whatever `prepare` raised, also in those that waited.
+    prepare: fills an empty folder and returns facts for the marker. Raises RecipeError where the
+    entry is not there and `missing_ok` is false, and whatever `prepare` raised, also in those that
+    waited.
     """
     entry = folder / key
     if (entry / MARKER).is_file():
@@ -132,7 +133,8 @@ def _failure(error: BaseException) -> dict[str, Any]:
 
 
 def _raise_failure(entry: Path, *, since: float) -> None:
-    """Raise what made another process fail after `since`; a failure of old is no reason not to try."""
+    """Raise what made another process fail after `since`; a failure of old is no reason not to
+    try."""
     try:
         failure = json.loads(_beside(entry, ".error").read_text())
     except (OSError, ValueError):
@@ -146,7 +148,8 @@ def _raise_failure(entry: Path, *, since: float) -> None:
 
 @contextmanager
 def _lock(entry: Path) -> Iterator[Callable[[], bool]]:
-    """A function that tries to take the entry's lock; it is released at the end, or with the process."""
+    """A function that tries to take the entry's lock; it is released at the end, or with the
+    process."""
     from loguru import logger
 
     told = time.monotonic()
@@ -176,8 +179,18 @@ def _remove_leftovers(entry: Path) -> None:
     start = f"{entry.name}.tmp-{socket.gethostname()}-"
     for path in entry.parent.glob(f"{entry.name}.tmp-*"):
         pid = path.name.removeprefix(start)
-        if pid.isdigit() and not Path(f"/proc/{pid}").exists():
+        if pid.isdigit() and not _lives(int(pid)):
             shutil.rmtree(path, ignore_errors=True)
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def _beside(entry: Path, suffix: str) -> Path:

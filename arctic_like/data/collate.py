@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 def padded_length(longest: int, *, multiple: int, at_most: int | None, fixed: bool) -> int:
     """Length of a batch whose longest sample has `longest` tokens.
 
-    fixed: always `at_most`. Otherwise the next multiple, but not above `at_most`, unless a sample is.
+    fixed: always `at_most`. Otherwise the next multiple, but not above `at_most`, unless a sample
+    is.
     """
     if fixed and at_most is not None:
         return max(at_most, longest)

@@ -1,7 +1,10 @@
 """Tokenised documents on disk: flat arrays that are mapped, not read.
 
-    tokens.bin    int32, all documents one after another      offsets.bin    int64, n + 1
-    trained.bin   uint8, 1 where a token is trained           places.bin     utf-8, offsets in places_at.bin
+    tokens.bin      int32, all documents one after another
+    trained.bin     uint8, 1 where a token is trained
+    offsets.bin     int64, n + 1: where each document begins in both
+    places.bin      utf-8: where each document comes from
+    places_at.bin   int64, n + 1: where each place begins
 
 Memory stays flat however large they are, and a worker process gets them by path.
 """
@@ -123,7 +126,7 @@ class Documents:
         at = 0
         while at < len(order):
             first = int(begin[order[at]])
-            limit = np.searchsorted(begin[order[at:]], first + _COUNT_TOKENS) + at
+            limit = at + int(np.searchsorted(begin[order[at:]], first + _COUNT_TOKENS))
             here = order[at:limit]
             last = int(end[here].max())
             sums = np.concatenate([[0], np.cumsum(self.trained[first:last], dtype=np.int64)])

@@ -1,4 +1,5 @@
-"""The built-in data factories: conversations (`sft`), texts (`causal`), preferences (`dpo`, declared)."""
+"""The built-in data factories: conversations (`sft`), texts (`causal`), preferences (`dpo`,
+declared)."""
 
 from __future__ import annotations
 
@@ -254,7 +255,8 @@ class CausalDataFactory(TokenDataFactory):
 
 
 class DPODataFactory(DataFactory):
-    """Preferences. The recipe's keys are known; preparing them comes with the preference trainer."""
+    """Preferences. The recipe's keys are known; preparing them comes with the preference
+    trainer."""
 
     name = "dpo"
     config_type = DPODataConfig
@@ -262,7 +264,7 @@ class DPODataFactory(DataFactory):
     def build(self, **values: Any) -> PreparedData:
         raise RecipeError(
             Problem(
-                "is 'dpo': preference data comes with the preference trainer, which is not built yet",
+                "is 'dpo': preference data comes with the preference trainer, not built yet",
                 place="data.type",
                 hint="train with type: sft or type: causal",
             )
@@ -280,7 +282,8 @@ def _for_evaluation(source: SourceConfig) -> SourceConfig:
 
 
 def tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Changes with everything of a tokenizer that shapes tokens: its core, template and special tokens."""
+    """Changes with everything of a tokenizer that shapes tokens: its core, template and special
+    tokens."""
     import json
 
     import tokenizers

@@ -26,8 +26,8 @@ Collate = Callable[[list["Sample"]], "dict[str, Tensor]"]
 class MicroBatch:
     """One forward's batch on this rank.
 
-    data: name → (micro_batch, length) int64. samples: indices in the set, a row each. idle: stands in
-    where this rank has nothing to do (its rows are another rank's, to be weighted with 0).
+    data: name → (micro_batch, length) int64. samples: indices in the set, a row each. idle: stands
+    in where this rank has nothing to do (its rows are another rank's, to be weighted with 0).
     """
 
     data: dict[str, Tensor]
@@ -79,7 +79,7 @@ def _fetched(
         sampler=cast("Any", lists),
         batch_size=None,
         num_workers=num_workers,
-        collate_fn=_same,
+        collate_fn=cast("Any", _same),
         pin_memory=pin_memory,
         generator=torch.Generator(),
     )

@@ -1,12 +1,14 @@
 """Which tokens are trained, from spans of characters; and the tokenizer's batch call behind it.
 
 **A token is trained when it holds any character of a span.** So a token that straddles the border
-between a header and an answer is trained: without it the first character of the answer would never be
-learned. It is what transformers' own `return_assistant_tokens_mask` does. Such tokens are counted.
+between a header and an answer is trained: without it the first character of the answer would never
+be learned. It is what transformers' own `return_assistant_tokens_mask` does. Such tokens are
+counted.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -41,7 +43,10 @@ class TextEncoder:
             )
         from tokenizers import Tokenizer
 
-        self._core: Any = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+        description = json.loads(tokenizer.backend_tokenizer.to_str())
+        # otherwise spaces at the border of a token lie outside its range, and so in no token's
+        description["post_processor"] = _untrimmed(description.get("post_processor"))
+        self._core: Any = Tokenizer.from_str(json.dumps(description))
         self._core.no_padding()
         self._core.no_truncation()
         self._core.encode_special_tokens = tokenizer.backend_tokenizer.encode_special_tokens
@@ -63,9 +68,20 @@ class TextEncoder:
         return encodings
 
 
+def _untrimmed(part: Any) -> Any:
+    """A part of a tokenizer.json with every `trim_offsets` off; tokens do not depend on it."""
+    if isinstance(part, dict):
+        return {
+            key: False if key == "trim_offsets" else _untrimmed(value)
+            for key, value in part.items()
+        }
+    return [_untrimmed(entry) for entry in part] if isinstance(part, list) else part
+
+
 @dataclass(frozen=True)
 class Mask:
-    """trained: (tokens,) uint8. straddling: tokens that hold characters on both sides of a span's start."""
+    """trained: (tokens,) uint8. straddling: tokens that hold characters on both sides of a span's
+    start."""
 
     trained: NDArray[np.uint8]
     straddling: int
@@ -74,8 +90,8 @@ class Mask:
 def token_mask(encoding: Any, spans: Sequence[Span]) -> Mask:
     """Which tokens of an encoding hold a character of one of the spans.
 
-    encoding: `tokenizers.Encoding` of the text that the spans are of. Raises ValueError where a span
-    has characters but no token.
+    encoding: `tokenizers.Encoding` of the text that the spans are of. Raises ValueError where a
+    span has characters but no token.
     """
     trained = np.zeros(len(encoding), dtype=np.uint8)
     straddling = 0
@@ -91,36 +107,25 @@ def token_mask(encoding: Any, spans: Sequence[Span]) -> Mask:
 
 
 def _first_token(encoding: Any, start: int, end: int) -> int | None:
-    """The first token with a character at or after `start`.
+    """The first token with a character at or after `start`; None if there is none before `end`.
 
-    Byte-level tokenizers may leave leading spaces out of a token's range, down to an empty range
-    at its end; such characters belong to the token that follows the gap.
+    A normaliser may have removed characters, which then are in no token.
     """
-    token = next(
-        (t for at in range(start, end) if (t := encoding.char_to_token(at)) is not None), None
-    )
-    if token is None:
-        return None
-    while token and encoding.token_to_chars(token - 1)[1] > start:
-        token -= 1
-    return int(token)
+    for at in range(start, end):
+        token = encoding.char_to_token(at)
+        if token is not None:
+            return int(token)
+    return None
 
 
 def _last_token(encoding: Any, start: int, end: int) -> int | None:
-    """The last token with a character before `end`; several may hold parts of one character."""
-    token = next(
-        (
-            t
-            for at in range(end - 1, start - 1, -1)
-            if (t := encoding.char_to_token(at)) is not None
-        ),
-        None,
-    )
-    if token is None:
-        return None
-    while token + 1 < len(encoding):
-        begin, stop = encoding.token_to_chars(token + 1)
-        if begin >= end and not (begin == stop == end and encoding.char_to_token(end - 1) is None):
-            break
-        token += 1
-    return int(token)
+    """The last token with a character before `end`; None if there is none after `start`."""
+    for at in range(end - 1, start - 1, -1):
+        token = encoding.char_to_token(at)
+        if token is None:
+            continue
+        # the bytes of one character may lie in several tokens, of which this is the first
+        while token + 1 < len(encoding) and encoding.token_to_chars(token + 1)[0] <= at:
+            token += 1
+        return int(token)
+    return None

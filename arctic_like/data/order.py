@@ -47,7 +47,8 @@ def _mix_array(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 def _feistel(values: NDArray[np.uint64], *, half: int, key: int) -> NDArray[np.uint64]:
-    """A bijection of the integers of 2 × `half` bits (balanced Feistel network; Luby, Rackoff 1988)."""
+    """A bijection of the integers of 2 × `half` bits (balanced Feistel network; Luby, Rackoff
+    1988)."""
     mask = np.uint64((1 << half) - 1)
     left, right = values >> np.uint64(half), values & mask
     for number in range(_ROUNDS):
@@ -99,10 +100,10 @@ class GlobalBatch:
 class BatchPlan:
     """Global batch by position: each sample exactly once per epoch, the short last batch included.
 
-    size: samples in the set. seed: shapes the order together with the epoch; without `shuffle` every
-    epoch is in the set's order. drop_last: leave out the short last batch of each epoch (other
-    samples each epoch); an epoch then has another length, so a change of the global batch size
-    after the first epoch moves its borders. Without it the order of samples depends on
+    size: samples in the set. seed: shapes the order together with the epoch; without `shuffle`
+    every epoch is in the set's order. drop_last: leave out the short last batch of each epoch
+    (other samples each epoch); an epoch then has another length, so a change of the global batch
+    size after the first epoch moves its borders. Without it the order of samples depends on
     size, seed and epoch alone, and a run may go on with any global batch size.
     """
 

@@ -1,4 +1,5 @@
-"""Documents into samples: which go together, and where long ones are cut. Pure arithmetic on lengths.
+"""Documents into samples: which go together, and where long ones are cut. Pure arithmetic on
+lengths.
 
 A *piece* is a stretch of one document that stands in one sample as a document of its own: the whole
 document, unless it was cut.
@@ -44,8 +45,8 @@ def whole(lengths: NDArray[np.int64], documents: NDArray[np.int64]) -> Pieces:
 
 
 def cut(pieces: Pieces, *, max_length: int, keep: str) -> Pieces:
-    """Bring long pieces down to `max_length`: `keep` their "start" or "end", or "drop" them, or "split"
-    them into consecutive pieces, the last of which is shorter."""
+    """Bring long pieces down to `max_length`: `keep` their "start" or "end", or "drop" them, or
+    "split" them into consecutive pieces, the last of which is shorter."""
     long = pieces.length > max_length
     if keep == "drop":
         return pieces.take(~long)
@@ -69,7 +70,8 @@ def best_fit(lengths: NDArray[np.int64], *, capacity: int) -> NDArray[np.int64]:
 
     Longest first (ties by index), each into the open pack that it fills best, over the whole set.
     All documents of one length are placed together, since a pack that takes one stays the best fit
-    for the next: O(n log n), about a second for a million. Raises ValueError for a length outside 1..capacity.
+    for the next: O(n log n), about a second for a million. Raises ValueError for a length outside
+    1..capacity.
     """
     if len(lengths) and (lengths.min() < 1 or lengths.max() > capacity):
         raise ValueError(f"lengths must lie in 1..{capacity}")
@@ -117,15 +119,16 @@ def best_fit(lengths: NDArray[np.int64], *, capacity: int) -> NDArray[np.int64]:
 
 
 def grouped(pack_of: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """(order, offsets): pack p holds `order[offsets[p]:offsets[p + 1]]`, in the documents' order."""
+    """(order, offsets): pack p holds `order[offsets[p]:offsets[p + 1]]`, in the documents'
+    order."""
     order = np.argsort(pack_of, kind="stable")
     counts = np.bincount(pack_of) if len(pack_of) else np.zeros(0, dtype=np.int64)
     return order, np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
 
 
 def end_to_end(pieces: Pieces, *, capacity: int) -> tuple[Pieces, NDArray[np.int64]]:
-    """(pieces, offsets): laid end to end in their order and cut so that every sample but the last has
-    exactly `capacity` tokens; sample s holds the pieces `offsets[s]:offsets[s + 1]`."""
+    """(pieces, offsets): laid end to end in their order and cut so that every sample but the last
+    has exactly `capacity` tokens; sample s holds the pieces `offsets[s]:offsets[s + 1]`."""
     ends = np.cumsum(pieces.length)
     begins = ends - pieces.length
     total = int(ends[-1]) if len(ends) else 0

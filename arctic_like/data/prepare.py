@@ -1,8 +1,8 @@
 """One source → documents in the cache; several sources → the samples of one set, in the cache too.
 
-Documents are cached uncut under what shapes their tokens (content, tokenizer, template, masks), samples
-under the documents' keys and what shapes them (length, policy, packing). Another `max_length` thus
-tokenises nothing again.
+Documents are cached uncut under what shapes their tokens (content, tokenizer, template, masks),
+samples under the documents' keys and what shapes them (length, policy, packing). Another
+`max_length` thus tokenises nothing again.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ def documents(
 ) -> Path:
     """The cached documents of a source.
 
-    shape: all that shapes the tokens besides the source. encoder: made only if they are not there yet.
+    shape: all that shapes the tokens besides the source. encoder: made only if they are not there
+    yet.
     """
     config = source.config
     chosen = {
@@ -153,8 +154,9 @@ def samples(
 ) -> Prepared:
     """The samples of a set from its sources' documents.
 
-    share: the part of all documents that belongs to the set, in a keyed random order (`train_eval_split`).
-    Raises RecipeError where nothing is left, or a document is too long under `error`.
+    share: the part of all documents that belongs to the set, in a keyed random order
+    (`train_eval_split`). Raises RecipeError where nothing is left, or a document is too long under
+    `error`.
     """
     parts = [Documents(entry) for entry in entries]
     key = cache.key_of([VERSION, [entry.name for entry in entries], repr(cut), list(share)])
@@ -172,42 +174,49 @@ def _write_samples(
     folder: Path, parts: list[Documents], cut: Cut, share: tuple[float, float]
 ) -> dict[str, Any]:
     lengths = np.concatenate([np.zeros(0, dtype=np.int64), *(part.lengths for part in parts)])
-    chosen = _share(len(lengths), share, cut.seed)
-    pieces = packing.whole(lengths, chosen)
-    weights = _weights(parts, pieces)
-    facts: dict[str, Any] = {"documents": len(pieces), "untrained": int((weights == 0).sum())}
-    pieces = pieces.take(weights > 0)
-    long = pieces.length > cut.max_length
-    facts["long"] = int(long.sum())
-    if facts["long"] and cut.long_samples == "error":
-        raise _too_long(parts, pieces, cut.max_length)
-    pieces = packing.cut(
-        pieces, max_length=cut.max_length, keep=_KEEP.get(cut.long_samples, "drop")
-    )
-    weights = _weights(parts, pieces)
-    before = len(np.unique(pieces.document))
-    pieces, weights = pieces.take(weights > 0), weights[weights > 0]
-    kept = len(np.unique(pieces.document))
-    facts["cut_to_nothing"] = before - kept
-    facts["dropped"] = facts["documents"] - kept
-    facts["truncated"] = (
-        0 if cut.long_samples == "drop" else facts["long"] - facts["cut_to_nothing"]
-    )
+    pieces, facts = _kept(parts, packing.whole(lengths, _share(len(lengths), share, cut.seed)), cut)
     pieces, offsets = _arranged(pieces, cut)
-    if cut.pack and cut.fill:
-        weights = _weights(parts, pieces)
-    write_plan(
-        folder, pieces, offsets, weights if not cut.pack or cut.fill else _weights(parts, pieces)
-    )
-    tokens = int(pieces.length.sum())
-    count = len(offsets) - 1
+    weights = _weights(parts, pieces)
+    write_plan(folder, pieces, offsets, weights)
+    tokens, count = int(pieces.length.sum()), len(offsets) - 1
     return {
         **facts,
         "samples": count,
         "tokens": tokens,
-        "trained_tokens": int(_weights(parts, pieces).sum()),
+        "trained_tokens": int(weights.sum()),
         "fill_rate": tokens / (count * cut.max_length) if count else 0.0,
         "max_length": cut.max_length,
+    }
+
+
+def _kept(
+    parts: list[Documents], pieces: packing.Pieces, cut: Cut
+) -> tuple[packing.Pieces, dict[str, int]]:
+    """The documents that stay, long ones cut, and how many did not.
+
+    documents: all there were. untrained: had no trained token. long: more tokens than `max_length`;
+    truncated: those of them that stayed, cut. cut_to_nothing: kept no trained token. dropped: all
+    that are not in the set.
+    """
+    documents = len(pieces)
+    trained = _weights(parts, pieces) > 0
+    pieces = pieces.take(trained)
+    long = int((pieces.length > cut.max_length).sum())
+    if long and cut.long_samples == "error":
+        raise _too_long(parts, pieces, cut.max_length)
+    pieces = packing.cut(
+        pieces, max_length=cut.max_length, keep=_KEEP.get(cut.long_samples, "drop")
+    )
+    before = len(np.unique(pieces.document))
+    pieces = pieces.take(_weights(parts, pieces) > 0)
+    stayed = len(np.unique(pieces.document))
+    return pieces, {
+        "documents": documents,
+        "untrained": documents - int(trained.sum()),
+        "long": long,
+        "cut_to_nothing": before - stayed,
+        "truncated": 0 if cut.long_samples == "drop" else long - (before - stayed),
+        "dropped": documents - stayed,
     }
 
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import zlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from arctic_like.errors import Problem, RecipeError
 
@@ -22,15 +24,23 @@ def broken(path: Path, number: int | None, message: str, hint: str = "") -> Reci
     return RecipeError(Problem(message, file=str(path), line=number, hint=hint))
 
 
-def _text(path: Path) -> IO[str]:
-    raw: Any = gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")
-    return io.TextIOWrapper(raw, encoding="utf-8", newline="")
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """The file's bytes, decompressed where its name ends in .gz."""
+    with path.open("rb") as file:
+        if path.suffix != ".gz":
+            yield file
+            return
+        with gzip.GzipFile(fileobj=file) as unpacked:
+            try:
+                yield unpacked
+            except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+                raise broken(path, None, f"is not a whole gzip file ({error})") from None
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     """Lines with their numbers, cut at \\n only (JSON strings may hold other separators)."""
-    raw: Any = gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")
-    with raw as file:
+    with _opened(path) as file:
         for number, line in enumerate(file, 1):
             try:
                 yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
@@ -63,10 +73,11 @@ def _not_json(line: str, error: Exception) -> str:
 
 
 def json_file(path: Path) -> Iterator[Numbered]:
-    """A list of objects, or an object whose only list is that; JSON lines are known by their look."""
-    with _text(path) as file:
+    """A list of objects, or an object whose only list is that; JSON lines are known by their
+    look."""
+    with _opened(path) as file:
         try:
-            text = file.read().removeprefix("\ufeff")
+            text = file.read().decode("utf-8-sig")
         except UnicodeDecodeError as error:
             raise broken(path, None, _encoding(error)) from None
     try:
@@ -95,7 +106,8 @@ def csv_file(path: Path, *, delimiter: str = "") -> Iterator[Numbered]:
     import csv
 
     separator = delimiter or ("\t" if ".tsv" in path.name else ",")
-    with _text(path) as file:
+    with _opened(path) as raw:
+        file = io.TextIOWrapper(raw, encoding="utf-8-sig", newline="")
         # a field is as long as a document may be
         csv.field_size_limit(1 << 30)
         reader = csv.DictReader(file, delimiter=separator, strict=True)

@@ -27,7 +27,8 @@ def report(sets: dict[str, Prepared], cut: Cut) -> str:
         filled = f", {facts['fill_rate']:.1%} filled" if cut.pack else ""
         lines.append(
             f"{name}: {facts['documents']:,} documents → {facts['samples']:,} samples of up to "
-            f"{facts['max_length']:,} tokens{filled}; {facts['tokens']:,} tokens, {share:.1%} trained"
+            f"{facts['max_length']:,} tokens{filled}; {facts['tokens']:,} tokens, "
+            f"{share:.1%} trained"
         )
         if facts["long"]:
             policy = _POLICY[cut.long_samples]
@@ -36,9 +37,8 @@ def report(sets: dict[str, Prepared], cut: Cut) -> str:
             count = facts["cut_to_nothing"]
             lines.append(f"  {count:,} of them kept no trained token and were dropped")
         if facts["untrained"]:
-            lines.append(
-                f"  {facts['untrained']:,} documents have no trained token and were dropped"
-            )
+            count = facts["untrained"]
+            lines.append(f"  {count:,} documents have no trained token and were dropped")
         lines += _about_turns(prepared)
     return "\n".join(lines)
 
@@ -50,8 +50,8 @@ def _about_turns(prepared: Prepared) -> list[str]:
     lines = []
     if endless:
         lines.append(
-            f"  {endless:,} answers have no end-of-turn token in this chat template: the model does "
-            "not learn to stop"
+            f"  {endless:,} answers have no end-of-turn token in this chat template: the model "
+            "does not learn to stop"
         )
     if straddling:
         lines.append(f"  {straddling:,} tokens hold the end of a header and the start of an answer")

@@ -40,14 +40,17 @@ def write_plan(
 
 
 def _sums(values: NDArray[np.int64], offsets: NDArray[np.int64]) -> NDArray[np.int64]:
-    total = np.concatenate([[0], np.cumsum(values, dtype=np.int64)])
-    return total[offsets[1:]] - total[offsets[:-1]]
+    total = np.zeros(len(values) + 1, dtype=np.int64)
+    np.cumsum(values, out=total[1:])
+    sums: NDArray[np.int64] = total[offsets[1:]] - total[offsets[:-1]]
+    return sums
 
 
 class DocumentSamples(SampleSet):
     """The samples that a plan makes of documents. Pickled by path; arrays are mapped.
 
-    documents: the sources' folders one after another; a document's number counts through all of them.
+    documents: the sources' folders one after another; a document's number counts through all of
+    them.
     """
 
     def __init__(self, folder: Path, documents: Sequence[Documents]) -> None:

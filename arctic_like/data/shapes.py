@@ -25,8 +25,8 @@ class RowError(ValueError):
 def conversation(row: dict[str, Any], config: SourceConfig) -> list[Message]:
     """The messages of a row.
 
-    From `role_mapping`, the column that the recipe names, `messages`, or `prompt` + `completion` (of which
-    only the completion is trained). Raises RowError.
+    From `role_mapping`, the column that the recipe names, `messages`, or `prompt` + `completion`
+    (of which only the completion is trained). Raises RowError.
     """
     if config.role_mapping:
         messages = _mapped(row, config)
@@ -40,8 +40,8 @@ def conversation(row: dict[str, Any], config: SourceConfig) -> list[Message]:
         messages = [{**message, "train": False} for message in prompt] + completion
     else:
         raise RowError(
-            f"has the columns {_names(row)}; expected is `messages`, or `prompt` and `completion`; name "
-            "another column with `column`, or map the roles with `role_mapping`"
+            f"has the columns {_names(row)}; expected is `messages`, or `prompt` and `completion`; "
+            "name another column with `column`, or map the roles with `role_mapping`"
         )
     if not messages:
         raise RowError("is an empty conversation; expected is at least one message")
@@ -50,7 +50,8 @@ def conversation(row: dict[str, Any], config: SourceConfig) -> list[Message]:
 
 
 def text(row: dict[str, Any], config: SourceConfig) -> str:
-    """The text of a row: the column that the recipe names, `text`, or the only one. Raises RowError."""
+    """The text of a row: the column that the recipe names, `text`, or the only one. Raises
+    RowError."""
     name = config.column or ("text" if "text" in row or len(row) != 1 else next(iter(row)))
     if name == "text" and not config.column and "text" not in row:
         raise RowError(
@@ -75,8 +76,8 @@ def tokens(row: dict[str, Any]) -> tuple[Sequence[int], Sequence[bool]]:
     for place, (token, label) in enumerate(zip(ids, labels, strict=True)):
         if label not in (-100, token):
             raise RowError(
-                f"has the label {label} at the token {token} (number {place}); expected is the token "
-                "itself, or -100 where it is not trained"
+                f"has the label {label} at the token {token} (number {place}); expected is the "
+                "token itself, or -100 where it is not trained"
             )
     return ids, [label != -100 for label in labels]
 
@@ -186,7 +187,8 @@ def _optional(row: dict[str, Any], path: str) -> Any:
 
 
 def _list_path(row: dict[str, Any], path: str) -> tuple[str, str] | None:
-    """(list, field) if `path` is `list.field.value` with a list there, or None for a plain column."""
+    """(list, field) if `path` is `list.field.value` with a list there, or None for a plain
+    column."""
     parts = path.rsplit(".", 2)
     if path in row or len(parts) != 3:
         return None

@@ -18,7 +18,8 @@ _SLICE = re.compile(r"(?P<split>[^\[]*)(?:\[(?P<from>-?\d+%?)?:(?P<to>-?\d+%?)?\
 
 @dataclass(frozen=True)
 class Part:
-    """A split and a stretch of it: `train[:10%]`. Bounds are rows, or shares where they end in %."""
+    """A split and a stretch of it: `train[:10%]`. Bounds are rows, or shares where they end in
+    %."""
 
     split: str
     start: str = ""
@@ -60,7 +61,8 @@ def named_part(config: SourceConfig) -> tuple[str, Part]:
 
 
 class HFSource(DataSource):
-    """`type: huggingface`: a local file, glob or folder where there is one, else a name on the Hub."""
+    """`type: huggingface`: a local file, glob or folder where there is one, else a name on the
+    Hub."""
 
     name = "huggingface"
     config_type = SourceConfig
@@ -100,7 +102,7 @@ class HFSource(DataSource):
                     Problem(
                         f"cannot be read: {path.suffix or 'no suffix'} is no known format",
                         file=str(path),
-                        hint="known are jsonl, json, csv, tsv, parquet, arrow, txt and md, also .gz",
+                        hint="known are jsonl, json, csv, tsv, parquet, arrow, txt, md; also .gz",
                     )
                 )
             try:
@@ -137,7 +139,8 @@ class FileSource(HFSource):
 
 
 class HFInstructSource(HFSource):
-    """`type: huggingface_instruct`: rows are conversations; `role_mapping` says where they stand."""
+    """`type: huggingface_instruct`: rows are conversations; `role_mapping` says where they
+    stand."""
 
     name = "huggingface_instruct"
 
@@ -149,9 +152,11 @@ class HFCausalSource(HFSource):
 
 
 def local_files(name: str, split: str = "") -> list[Path]:
-    """The files that a path, a glob or a folder of data files names, sorted; none for anything else.
+    """The files that a path, a glob or a folder of data files names, sorted; none for anything
+    else.
 
-    In a folder, files named after a split (`train.jsonl`, `train-00000.parquet`, `train/…`) are that split.
+    In a folder, files named after a split (`train.jsonl`, `train-00000.parquet`, `train/…`) are
+    that split.
     """
     from arctic_like.data.readers import reader_of
 

@@ -1,28 +1,28 @@
 """Where in a rendered conversation stands what the assistant wrote: exact, or refused.
 
-A turn's span runs from the end of its header, where generation begins, to the end of its end-of-turn
-token. Where the template has `{% generation %}` marks, they say it. Otherwise it is found by rendering
-with sentinels: characters of Unicode's private planes in place of the contents.
+A turn's span runs from the end of its header, where generation begins, to the end of its
+end-of-turn token. Where the template has `{% generation %}` marks, they say it. Otherwise it is
+found by rendering with sentinels: characters of Unicode's private planes in place of the contents.
 
-- A *skeleton* is the rendering of a sequence of roles with a sentinel for every content, so all other
-  text in it is the template's own. If filling in the contents (as they are, or trimmed) gives the
-  real rendering to the letter, every position follows by addition. One skeleton serves all
+- A *skeleton* is the rendering of a sequence of roles with a sentinel for every content, so all
+  other text in it is the template's own. If filling in the contents (as they are, or trimmed) gives
+  the real rendering to the letter, every position follows by addition. One skeleton serves all
   conversations with the same roles.
-- Where the template treats contents differently (a `</think>` in them, an empty one), the end of a content
-  is found from what follows its sentinel in the otherwise real conversation, which must be
+- Where the template treats contents differently (a `</think>` in them, an empty one), the end of a
+  content is found from what follows its sentinel in the otherwise real conversation, which must be
   how the real rendering ends.
 
 In both the header is what stands between the previous content and the place of generation when the
-conversation so far is rendered with `add_generation_prompt`. No text of a conversation is searched for.
+conversation so far is rendered with `add_generation_prompt`. No text of a conversation is searched
+for.
 """
 
 from __future__ import annotations
 
-import os.path
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from arctic_like.data.shapes import Message, RowError
 from arctic_like.errors import Problem, RecipeError
@@ -50,7 +50,8 @@ class Rendered:
 
 @dataclass(frozen=True)
 class _Turn:
-    """An assistant's turn in a skeleton: characters of header before, and of end after its content."""
+    """An assistant's turn in a skeleton: characters of header before, and of end after its
+    content."""
 
     message: int
     header: int
@@ -120,7 +121,8 @@ class ChatTemplate:
     def trained(self, messages: Sequence[Message]) -> Rendered:
         """The text and what is trained of it: every assistant's turn without `train: false`.
 
-        Raises RowError where the template refuses the conversation, or where the spans cannot be exact.
+        Raises RowError where the template refuses the conversation, or where the spans cannot be
+        exact.
         """
         wanted = [
             number
@@ -140,9 +142,9 @@ class ChatTemplate:
         except (_Unclear, RowError) as reason:
             shown = text if len(text) <= 400 else f"{text[:300]} … {text[-100:]}"
             raise RowError(
-                f"cannot be masked exactly with this chat template: {reason}. Write the template with "
-                "{% generation %} marks around what the assistant writes, or set data.mask_inputs: "
-                f"false. The sample: {shown!r}"
+                f"cannot be masked exactly with this chat template: {reason}. Put "
+                "{% generation %} marks into the template around what the assistant writes, or set "
+                f"data.mask_inputs: false. The sample: {shown!r}"
             ) from None
         turns = [found[number] for number in wanted]
         spans = [(start, end) for start, end, _ in turns]
@@ -154,8 +156,8 @@ class ChatTemplate:
         if len(wanted) < len(turns):
             if len(spans) != len(turns):
                 raise RowError(
-                    f"has {len(turns)} assistant turns, but the template marks {len(spans)} stretches, so "
-                    "`train: false` cannot be applied to one of them"
+                    f"has {len(turns)} assistant turns, but the template marks {len(spans)} "
+                    "stretches, so `train: false` cannot be applied to one of them"
                 )
             spans = [span for turn, span in zip(turns, spans, strict=True) if turn in wanted]
         if any(not 0 <= start <= end <= len(text) for start, end in spans):
@@ -167,7 +169,8 @@ class ChatTemplate:
     def _by_skeleton(
         self, text: str, messages: list[Message]
     ) -> dict[int, tuple[int, int, bool]] | None:
-        """Assistant's message → (start, end, has an end token), or None where contents change the template."""
+        """Assistant's message → (start, end, has an end token), or None where contents change the
+        template."""
         if any(message.keys() != {"role", "content"} for message in messages):
             return None
         roles = tuple(message["role"] for message in messages)
@@ -233,12 +236,14 @@ class ChatTemplate:
         return with_prompt[len(without) :]
 
     def _end(self, messages: list[Message], turn: int, after: str) -> int:
-        """How much of `after`, the text behind this content, ends the turn: up to its end-of-turn token.
+        """How much of `after`, the text behind this content, ends the turn: up to its end-of-turn
+        token.
 
-        0 where the template writes none. Message `turn` of `messages` has a sentinel as its content.
+        0 where the template writes none. Message `turn` of `messages` has a sentinel as its
+        content.
         """
         alone = _after(self.render(messages[: turn + 1]), messages[turn]["content"])
-        common = os.path.commonprefix([alone, after])
+        common = _common_start(alone, after)
         matches = list(self._token.finditer(common))
         if not matches:
             if self._token.search(alone):
@@ -273,7 +278,8 @@ class ChatTemplate:
     def _content_end(
         self, text: str, messages: list[Message], number: int, sentinel: str
     ) -> tuple[int, str, str]:
-        """(where in `text` the content of a message ends, what follows it, the text with the sentinel)."""
+        """(where in `text` the content of a message ends, what follows it, the text with the
+        sentinel)."""
         swapped = self.render(_replaced(messages, number, sentinel))
         after = _after(swapped, sentinel)
         if not text.endswith(after):
@@ -309,6 +315,11 @@ def _after(text: str, sentinel: str) -> str:
     if text.count(sentinel) != 1:
         raise _Unclear("the template does not write every content exactly once")
     return text.partition(sentinel)[2]
+
+
+def _common_start(one: str, other: str) -> str:
+    differs = (at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
+    return one[: next(differs, min(len(one), len(other)))]
 
 
 def _replaced(messages: list[Message], number: int, content: str) -> list[Message]:
