@@ -6,6 +6,7 @@ process and several times in one process.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
@@ -13,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from arctic_like.errors import Problem, RecipeError
+from arctic_like.errors import ArcticError, Problem, RecipeError
 from arctic_like.world import World
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def default_output_dir(recipe: Recipe) -> Path:
 
 def execute(
     recipe: Recipe, *, output_dir: Path, resume: str, stop: StopRequest,
-    command: str = "", inspect: Callable[[Trainer], None] | None = None,
+    inspect: Callable[[Trainer], None] | None = None,
 ) -> Result:  # fmt: skip
     """Run a recipe on this rank: what the worker and `run` share.
 
@@ -65,8 +66,8 @@ def execute(
     _prepare_process(recipe, world)
     host = connect(world)
     directory = RunDirectory(output_dir)
-    with directory.lock() if world.is_main else directory.shared():
-        checkpoint = host.from_main(_decide(recipe, directory, resume) if world.is_main else None)
+    with contextlib.ExitStack() as stack:
+        checkpoint = _take_possession(recipe, directory, resume, host=host, stack=stack)
         logger = recipe.config.logger
         setup_logging(
             rank=world.rank, level=logger.level, output_dir=logger.output_dir or directory.logs,
@@ -74,8 +75,25 @@ def execute(
         )  # fmt: skip
         return _run_trainer(
             recipe, world=world, host=host, directory=directory, checkpoint=checkpoint, stop=stop,
-            command=command, inspect=inspect,
+            inspect=inspect,
         )  # fmt: skip
+
+
+def _take_possession(
+    recipe: Recipe, directory: RunDirectory, resume: str, *, host: HostGroup,
+    stack: contextlib.ExitStack,
+) -> Path | None:  # fmt: skip
+    """Rank zero locks the run directory and decides what the run goes on from; all ranks learn it."""
+    error: BaseException | None = None
+    checkpoint: Path | None = None
+    if host.world.is_main:
+        try:
+            stack.enter_context(directory.lock())
+            checkpoint = _decide(recipe, directory, resume)
+        except ArcticError as problem:
+            error = problem
+    host.raise_together(error)
+    return host.from_main(checkpoint)
 
 
 def refuse_what_cannot_run(recipe: Recipe) -> None:
@@ -105,6 +123,14 @@ def choose_device(wanted: str) -> str:
     return "cpu"
 
 
+def _device_name(world: World) -> str:
+    if world.device == "cpu":
+        return "cpu"
+    import torch
+
+    return str(torch.cuda.get_device_name(world.device))
+
+
 def _prepare_process(recipe: Recipe, world: World) -> None:
     if world.device == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -119,43 +145,33 @@ def _prepare_process(recipe: Recipe, world: World) -> None:
 
 
 def _decide(recipe: Recipe, directory: RunDirectory, resume: str) -> Path | None:
-    """The checkpoint to go on from, or None for a start from the beginning (rank zero decides)."""
+    """The checkpoint to go on from, or None for a start from the beginning.
+
+    resume: "" for a start (which resumes where the recipe says `auto_resume`), "auto" or "latest" for the newest complete
+    checkpoint, "step-N", or the path of a checkpoint.
+    """
     from arctic_like.checkpoint.layout import complete_checkpoints, marker
     from arctic_like.checkpoint.publish import recover, supersede_after
     from arctic_like.errors import CheckpointError
 
     folder = checkpoints_of(recipe, directory)
     recover(folder)
-    if Path(resume).is_absolute():
-        chosen = Path(resume)
-    elif resume.startswith("step-"):
-        chosen = folder / resume
+    complete = complete_checkpoints(folder)
+    wants = bool(resume) or (recipe.config.auto_resume and not recipe.config.overwrite)
+    directory.check(resume=wants, overwrite=recipe.config.overwrite)
+    if resume not in ("", "auto", "latest"):
+        chosen = Path(resume) if Path(resume).is_absolute() else folder / resume
         if marker(chosen) is None:
-            have = ", ".join(path.name for path in complete_checkpoints(folder)) or "none"
+            have = ", ".join(path.name for path in complete) or "none"
             raise CheckpointError(f"{chosen} is no complete checkpoint; complete are: {have}")
-    else:
-        complete = complete_checkpoints(folder)
-        if resume == "latest" and not complete and not directory.holds_run():
-            raise CheckpointError(f"{directory.path} holds no run to resume")
-        wants = resume in ("latest", "auto") or recipe.config.auto_resume
-        if recipe.config.overwrite and resume not in ("latest",):
-            wants = False
-        if not (wants and complete):
-            _begin_anew(recipe, directory, folder, resume)
-            return None
+    elif wants and complete:
         chosen = complete[-1]
+    else:
+        if directory.holds_run():
+            directory.clear()
+        return None
     supersede_after(chosen)
     return chosen
-
-
-def _begin_anew(recipe: Recipe, directory: RunDirectory, checkpoints: Path, resume: str) -> None:
-    """Empty the run directory of an earlier run, if the recipe or a resume before its first checkpoint says so."""
-    if not directory.holds_run():
-        return
-    may = recipe.config.overwrite or recipe.config.auto_resume or resume in ("latest", "auto")
-    if not may:
-        raise RecipeError(directory.refusal())
-    directory.clear(checkpoints)
 
 
 def checkpoints_of(recipe: Recipe, directory: RunDirectory) -> Path:
@@ -168,15 +184,19 @@ def checkpoints_of(recipe: Recipe, directory: RunDirectory) -> Path:
 
 def _run_trainer(
     recipe: Recipe, *, world: World, host: HostGroup, directory: RunDirectory,
-    checkpoint: Path | None, stop: StopRequest, command: str,
+    checkpoint: Path | None, stop: StopRequest,
     inspect: Callable[[Trainer], None] | None,
 ) -> Result:  # fmt: skip
     from arctic_like.trainer.assembly import Session
 
+    devices = host.gather(_device_name(world))
     session = Session(recipe, world, host, directory, stop, resume=checkpoint)
     if world.is_main:
         directory.write_recipe(recipe.dump())
-        directory.write_environment(command=command, world_size=world.size, device=world.device)
+        directory.write_environment(
+            world_size=world.size, devices=devices,
+            resumed_from=str(checkpoint) if checkpoint else None,
+        )  # fmt: skip
     trainer: Any = recipe.trainer(recipe.config)
     try:
         trainer.setup(session)

@@ -17,9 +17,8 @@ def main() -> int:
     try:
         recipe, output_dir, resume = recipe_from_environment()
         result = execute(
-            recipe, output_dir=output_dir, resume=resume, stop=StopRequest.from_environment(),
-            command=os.environ.get("ARCTIC_COMMAND", ""),
-        )  # fmt: skip
+            recipe, output_dir=output_dir, resume=resume, stop=StopRequest.from_environment()
+        )
     except RelayedError as error:
         return error.exit_code
     except ArcticError as error:

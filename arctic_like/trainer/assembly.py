@@ -141,9 +141,9 @@ def assemble(trainer: Trainer, session: Session) -> Equipment:
             model_part.build, info, tokenizer=tokenizer, ds_config=ds_config,
             zero_stage=_stage(ds_config),
         )  # fmt: skip
-        _prove_isolation(config, module, world)
     with notice.part("optimizer"):
         learner = _learner(config, info, module, ds_config, optimizer_part, scheduler_part)
+    _prove_isolation(config, module, info)
     _start_generators(config, world)
     return Equipment(
         info=info, tokenizer=tokenizer, data=data, plan=plan, loader=loader, total_steps=total,
@@ -267,15 +267,12 @@ def _learner(
     return Learner(engine, engine.base_optimizer, scheduler, config.model)
 
 
-def _prove_isolation(config: Any, module: nn.Module, world: World) -> None:
-    if not getattr(config.data, "pack_samples", False):
+def _prove_isolation(config: Any, module: nn.Module, info: RunInfo) -> None:
+    if not getattr(config.data, "pack_samples", False) or not hasattr(module, "config"):
         return
     from arctic_like.model.isolation import check_isolation
 
-    supply(
-        check_isolation, None, model=module, vocab_size=int(module.config.vocab_size),  # type: ignore[union-attr, arg-type]
-        device=world.device,
-    )  # fmt: skip
+    check_isolation(module, vocab_size=int(module.config.vocab_size), device=info.device)  # type: ignore[union-attr, arg-type]
 
 
 def _start_generators(config: Any, world: World) -> None:
