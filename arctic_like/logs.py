@@ -137,7 +137,7 @@ class _ToLoguru(logging.Handler):
         def place(there: Any) -> None:
             there.update(name=record.name, function=record.funcName, line=record.lineno)
 
-        library = _is_library(record.pathname)
+        library = record.name.partition(".")[0] in LIBRARIES or _is_library(record.pathname)
         logger.bind(library=library).patch(place).opt(exception=record.exc_info).log(
             level, "{}", record.getMessage()
         )
