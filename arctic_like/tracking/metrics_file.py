@@ -75,9 +75,19 @@ class MetricsFile:
             kept, exact = content[:offset], True
         else:
             kept, exact = _up_to(content, step), False
+            if offset is not None:
+                self._warn(step)
         if kept != content:
             self._replace(kept)
         return Rewound(exact=exact, dropped=content.count(b"\n") - kept.count(b"\n"))
+
+    def _warn(self, step: int) -> None:
+        from loguru import logger
+
+        logger.warning(
+            "{} is not as the checkpoint of step {step} left it; lines up to step {step} stay",
+            self.path, step=step,
+        )  # fmt: skip
 
     def _replace(self, content: bytes) -> None:
         """Swap the file's content at once: a kill leaves the old or the new one."""

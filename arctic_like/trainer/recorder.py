@@ -25,12 +25,14 @@ class Recorder:
             self._open()
 
     def _open(self) -> None:
+        from arctic_like.tracking.base import Guarded
         from arctic_like.tracking.metrics_file import MetricsFile
 
         self._file = MetricsFile(self._session.directory.path / "metrics.jsonl")
         if self._config.train_log_metrics_path:
             self._copy = MetricsFile(self._config.train_log_metrics_path)
-        self.trackers = [build(config, "tracker") for config in tracker_configs(self._config)]
+        configs = tracker_configs(self._config)
+        self.trackers = [Guarded(build(config, "tracker")) for config in configs]
 
     def start(self, *, saved: dict[str, Any] | None) -> None:
         """Begin, or go on behind the lines that a checkpoint knows of.
@@ -58,8 +60,20 @@ class Recorder:
             return
         for file in filter(None, (self._file, self._copy)):
             file.write(line)
+        step, values = line["step"], {k: v for k, v in line.items() if k != "step"}
         for tracker in self.trackers:
-            tracker.scalars(line["step"], {k: v for k, v in line.items() if k != "step"})
+            if tracker.name != "console" or kind != "train" or self._shown(step):
+                tracker.scalars(step, values)
+
+    def _shown(self, step: int) -> bool:
+        """Whether the console shows this step's loss (`loss_log_interval`)."""
+        total = self._info.training_horizon
+        interval = self._config.loss_log_interval
+        if interval.unit == "seconds":
+            return True
+        return step == total or bool(
+            interval.due(step, steps_per_epoch=self._info.steps_per_epoch, total_steps=total)
+        )
 
     def sync(self, step: int) -> dict[str, Any]:
         """Bring all lines to the disk; what a checkpoint must know to go on behind them."""
