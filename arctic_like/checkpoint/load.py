@@ -80,7 +80,9 @@ def _in_run(run: Path, *, step: int | None) -> Found:
     available = checkpoints | exports
     if step is not None and step not in available:
         steps = ", ".join(str(number) for number in sorted(available)) or "none"
-        raise _nothing(run, f"has no export or checkpoint of step {step}; it has: {steps}")
+        raise _nothing(
+            run, f"has no export or checkpoint of step {step}", hint=f"it has steps: {steps}"
+        )
     if not available:
         raise _nothing(run, "has no complete export or checkpoint yet")
     return available[max(available) if step is None else step]
@@ -107,8 +109,11 @@ def _recipe_of(checkpoint: Path) -> Path:
     )
 
 
-def _nothing(path: Path, message: str) -> RecipeError:
-    hint = "give a run directory (runs/…), a checkpoint in it, or a Hugging Face folder"
+def _nothing(
+    path: Path,
+    message: str,
+    hint: str = "give a run directory (runs/…), a checkpoint in it, or a Hugging Face folder",
+) -> RecipeError:
     return RecipeError(Problem(message, file=str(path), hint=hint))
 
 
@@ -154,7 +159,8 @@ def read_weights(checkpoint: Path, *, tag: str = ENGINE) -> dict[str, Tensor]:
             return dict(content["module"])
         from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints its progress
+        # It prints its progress.
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             return dict(get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), tag=tag))
     except Exception as error:  # torch and deepspeed raise whatever their formats make them
         raise CheckpointError(f"the weights in {checkpoint} cannot be read: {error}") from error

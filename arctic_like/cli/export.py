@@ -59,12 +59,15 @@ def write(source: Path, target: Path, *, step: int | None, dtype: str | None) ->
 
     find(source, step=step)  # before the seconds that importing torch takes
     import torch
+    from transformers.utils import logging
 
     from arctic_like.checkpoint.huggingface import export
     from arctic_like.checkpoint.load import load_for_inference
     from arctic_like.engine.host import HostGroup
     from arctic_like.world import World
 
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     model, tokenizer = load_for_inference(source, step=step)
     export(
         model,

@@ -66,6 +66,7 @@ def set_generation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
     generation = model.generation_config
     if generation is None:
         return
+    generation._from_model_config = False  # else transformers may derive it from the config again
     if generation.pad_token_id is None:
         generation.pad_token_id = tokenizer.pad_token_id
     if generation.bos_token_id is None:
