@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _ROUNDS = 8
+_BLOCK = 4096
 _GOLDEN = 0x9E3779B97F4A7C15
 _64 = (1 << 64) - 1
 
@@ -46,13 +48,17 @@ def _mix_array(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return values ^ (values >> np.uint64(31))
 
 
+@lru_cache(maxsize=64)
+def _round_keys(key: int) -> tuple[np.uint64, ...]:
+    return tuple(np.uint64(key_of(key, number)) for number in range(_ROUNDS))
+
+
 def _feistel(values: NDArray[np.uint64], *, half: int, key: int) -> NDArray[np.uint64]:
     """A bijection of the integers of 2 × `half` bits (balanced Feistel network; Luby, Rackoff
     1988)."""
     mask = np.uint64((1 << half) - 1)
     left, right = values >> np.uint64(half), values & mask
-    for number in range(_ROUNDS):
-        round_key = np.uint64(key_of(key, number))
+    for round_key in _round_keys(key):
         left, right = right, left ^ (_mix_array(right ^ round_key) & mask)
     return (left << np.uint64(half)) | right
 
@@ -77,6 +83,13 @@ def permute(
         values[outside] = again
         outside = outside[again >= np.uint64(size)]
     return values.astype(np.int64).reshape(wanted.shape)
+
+
+@lru_cache(maxsize=8)
+def _ordered_block(size: int, key: int, block: int) -> NDArray[np.int64]:
+    """Some thousand places of a permutation at once: numpy's calls cost more than their numbers."""
+    places = np.arange(block * _BLOCK, min((block + 1) * _BLOCK, size), dtype=np.int64)
+    return permute(places, size=size, key=key)
 
 
 @dataclass(frozen=True)
@@ -139,10 +152,13 @@ class BatchPlan:
             raise IndexError("a position is not negative")
         epoch, start = divmod(position, self.samples_per_epoch)
         stop = min(start + self.global_batch_size, self.samples_per_epoch)
-        places = np.arange(start, stop, dtype=np.int64)
-        if self.shuffle:
-            places = permute(places, size=self.size, key=key_of(self.seed, epoch))
-        return GlobalBatch(position, epoch, places)
+        if not self.shuffle:
+            return GlobalBatch(position, epoch, np.arange(start, stop, dtype=np.int64))
+        key = key_of(self.seed, epoch)
+        blocks = range(start // _BLOCK, (stop - 1) // _BLOCK + 1)
+        order = np.concatenate([_ordered_block(self.size, key, block) for block in blocks])
+        first = blocks[0] * _BLOCK
+        return GlobalBatch(position, epoch, order[start - first : stop - first])
 
 
 def split(
