@@ -147,8 +147,8 @@ def _prepare_process(recipe: Recipe, world: World) -> None:
 def _decide(recipe: Recipe, directory: RunDirectory, resume: str) -> Path | None:
     """The checkpoint to go on from, or None for a start from the beginning.
 
-    resume: "" for a start (which resumes where the recipe says `auto_resume`), "auto" or "latest" for the newest complete
-    checkpoint, "step-N", or the path of a checkpoint.
+    resume: "" for a start (which resumes where the recipe says `auto_resume`), "auto" or "latest"
+    for the newest complete checkpoint, "step-N", or the path of a checkpoint.
     """
     from arctic_like.checkpoint.layout import complete_checkpoints, marker
     from arctic_like.checkpoint.publish import recover, supersede_after
@@ -177,8 +177,9 @@ def _decide(recipe: Recipe, directory: RunDirectory, resume: str) -> Path | None
 def checkpoints_of(recipe: Recipe, directory: RunDirectory) -> Path:
     """Where the run's resumable checkpoints lie."""
     for entry in recipe.config.checkpoint:
-        if entry.type == "deepspeed" and entry.output_dir:
-            return Path(entry.output_dir)
+        own = getattr(entry, "output_dir", None)
+        if entry.type == "deepspeed" and own:
+            return Path(own)
     return directory.path / "checkpoints"
 
 
@@ -188,6 +189,7 @@ def _run_trainer(
     inspect: Callable[[Trainer], None] | None,
 ) -> Result:  # fmt: skip
     from arctic_like.trainer.assembly import Session
+    from arctic_like.trainer.closing import show_end
 
     devices = host.gather(_device_name(world))
     session = Session(recipe, world, host, directory, stop, resume=checkpoint)
@@ -205,6 +207,8 @@ def _run_trainer(
         result = trainer.train()
         trainer.emit("on_run_end", result)
         trainer.teardown(0)
+        if world.is_main:
+            show_end(trainer, result)
         return result  # type: ignore[no-any-return]
     except BaseException as error:
         trainer.teardown(1, error)

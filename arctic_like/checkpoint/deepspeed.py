@@ -1,9 +1,9 @@
 """`deepspeed`: everything that a resume needs, of all ranks, complete or invisible.
 
-    step-12/engine/…        a DeepSpeed checkpoint of each learner (`engine`, `engine-critic`, …)
-    step-12/ranks/rank-0.pt each rank's random generators, sums and callbacks' states
-    step-12/run.json        counters, data position, world size, the recipe
-    step-12/complete.json   the marker, written last
+step-12/engine/…        a DeepSpeed checkpoint of each learner (`engine`, `engine-critic`, …)
+step-12/ranks/rank-0.pt each rank's random generators, sums and callbacks' states
+step-12/run.json        counters, data position, world size, the recipe
+step-12/complete.json   the marker, written last
 """
 
 from __future__ import annotations
@@ -104,8 +104,8 @@ class DeepSpeedCheckpoint(CheckpointEngine):
     ) -> list[dict[str, Any]]:
         """Bring the engines to what `directory` holds; return every saved rank's `rank_state`.
 
-        At another number of ranks the shards are first converted to DeepSpeed's universal form, which is removed
-        again. Collective. Raises CheckpointError for damage.
+        At another number of ranks the shards are first converted to DeepSpeed's universal form, for
+        the time of loading. Collective. Raises CheckpointError for damage.
         """
         import torch
 

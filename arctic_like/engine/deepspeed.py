@@ -1,7 +1,7 @@
 """One DeepSpeed engine behind six verbs: begin · backward · step · save · load · destroy.
 
 Knows DeepSpeed's habits so that the loop need not: who divides by what, where the gradient norm
-is to be found at each ZeRO stage, and when an update was skipped. Does not know data, steps or recipes.
+is to be found at each ZeRO stage, and when an update was skipped. Knows no data and no recipe.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Engine:
         if not self.is_fp16:
             return 1.0
         optimizer = self.engine.optimizer
-        scale = getattr(optimizer, "cur_scale", None) or getattr(optimizer, "loss_scale", 1.0)
+        scale: Any = getattr(optimizer, "cur_scale", None) or getattr(optimizer, "loss_scale", 1.0)
         return float(scale)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
@@ -166,8 +166,13 @@ def to_universal(source: Path, target: Path) -> None:
     from deepspeed.checkpoint import ds_to_universal
 
     arguments = SimpleNamespace(
-        input_folder=str(source), output_folder=str(target), num_extract_workers=1,
-        num_merge_workers=1, keep_temp_folder=False, strict=True, inject_missing_state=True,
+        input_folder=str(source),
+        output_folder=str(target),
+        num_extract_workers=1,
+        num_merge_workers=1,
+        keep_temp_folder=False,
+        strict=True,
+        inject_missing_state=True,
     )
     chatter = io.StringIO()
     try:

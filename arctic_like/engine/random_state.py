@@ -24,13 +24,14 @@ def random_state() -> dict[str, Any]:
     import numpy
     import torch
 
-    kind, keys, *rest = numpy.random.get_state()
+    words: Any = numpy.random.get_state(legacy=True)
+    kind, keys, *rest = words
     state: dict[str, Any] = {
         "python": random.getstate(),
-        "numpy": (kind, torch.from_numpy(keys.astype("int64")), *[float(r) for r in rest]),
+        "numpy": (kind, torch.from_numpy(numpy.asarray(keys).astype("int64")), *[float(r) for r in rest]),
         "torch": torch.get_rng_state(),
     }
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
     return state
 

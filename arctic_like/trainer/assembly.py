@@ -1,6 +1,6 @@
 """What a trainer is equipped with, built part by part in a visible order.
 
-    seed → tokenizer → data → steps → model → optimizer → engine → scheduler → checkpoints → callbacks → trackers
+    tokenizer → data → steps → model → optimizer → engine → scheduler → generators
 
 Parts receive values by the names of their parameters (`run_info.supply`), never the trainer.
 """
@@ -111,7 +111,9 @@ def assemble(trainer: Trainer, session: Session) -> Equipment:
 
     config, world = trainer.config, session.world
     resumed = saved_state(session.resume) if session.resume else None
-    callbacks = CallbackList([build(c, "callback") for c in config.callbacks], is_main=world.is_main)
+    callbacks = CallbackList(
+        [build(c, "callback") for c in config.callbacks], is_main=world.is_main
+    )
     notice = _Notices(trainer, callbacks)
     info = RunInfo(
         output_dir=session.directory.path, seed=config.seed, world=world, device=world.device,
@@ -179,12 +181,17 @@ def prepare_data(
     return data  # type: ignore[no-any-return]
 
 
-def _batch_sizes(config: Any, world: World, resumed: dict[str, Any] | None) -> dict[str, int]:
+def _batch_sizes(config: Any, world: World, resumed: dict[str, Any] | None) -> dict[str, Any]:
     """Micro-batch, accumulation and global batch. A resumed run keeps its global batch at any world size."""
     batch = config.resolve_batch(world.size)
     saved = resumed["global_batch_size"] if resumed else batch.global_batch_size
     stated = config.global_batch_size is not None
-    if resumed and not stated and resumed["world_size"] != world.size and saved != batch.global_batch_size:
+    if (
+        resumed
+        and not stated
+        and resumed["world_size"] != world.size
+        and saved != batch.global_batch_size
+    ):
         batch = resolve_batch(
             world.size, micro_batch_size=config.micro_batch_size,
             gradient_accumulation_steps=None, global_batch_size=saved,
@@ -242,7 +249,9 @@ def _deepspeed_dictionary(
     )  # fmt: skip
     for sentence in inexact(dictionary):
         logger.warning(f"deepspeed.{sentence}" if not sentence.startswith("ZeRO") else sentence)
-    if resumed and needs_conversion(resumed, world_size=info.world.size, zero_stage=_stage(dictionary)):
+    if resumed and needs_conversion(
+        resumed, world_size=info.world.size, zero_stage=_stage(dictionary)
+    ):
         dictionary["checkpoint"] = {**dictionary.get("checkpoint", {}), "load_universal": True}
     return dictionary
 

@@ -83,6 +83,7 @@ class Trainer(Part, Moments, family="trainer"):
         self._batch: StepBatch | None = None
         self._metrics: dict[str, float] = {}
         self._best: dict[str, float] = {}
+        self._evaluations: dict[str, tuple[float, float, int]] = {}
 
     # What a run is asked about --------------------------------------------------------------------
 
@@ -300,14 +301,24 @@ class Trainer(Part, Moments, family="trainer"):
             "epoch": self.progress.position / plan.samples_per_epoch,
             **values,
         }
-        self._metrics.update({k: float(v) for k, v in values.items() if isinstance(v, (int, float))})
+        self._metrics.update(
+            {k: float(v) for k, v in values.items() if isinstance(v, (int, float))}
+        )
         for name, value in values.items():
             if isinstance(value, float) and name.startswith("eval/"):
-                lower = "loss" in name
-                have = self._best.get(name)
-                if have is None or (value < have if lower else value > have):
-                    self._best[name] = value
+                self._remember(name, value)
         self.equipment.recorder.write(line, kind=kind)
+
+    def _remember(self, name: str, value: float) -> None:
+        have = self._best.get(name)
+        if have is None or (value < have if "loss" in name else value > have):
+            self._best[name] = value
+        first, _, count = self._evaluations.get(name, (value, value, 0))
+        self._evaluations[name] = (first, value, count + 1)
+
+    def evaluations(self) -> dict[str, tuple[float, float, int]]:
+        """Of every evaluation metric: its first value, its last, and how often it was measured."""
+        return dict(self._evaluations)
 
     def sum_over_ranks(self, values: Sequence[float]) -> list[float]:
         """Element-wise float64 sum of host values over all ranks. Collective."""
@@ -335,6 +346,7 @@ class Trainer(Part, Moments, family="trainer"):
         return {
             "metrics": self._metrics,
             "best": self._best,
+            "evaluations": self._evaluations,
             "evaluated_at": self._last_evaluation,
         }
 
@@ -343,6 +355,7 @@ class Trainer(Part, Moments, family="trainer"):
         self.progress = Progress(**{**saved["progress"], "stopped": ""})
         self._metrics = dict(saved["last"]["metrics"])
         self._best = dict(saved["last"]["best"])
+        self._evaluations = {k: tuple(v) for k, v in saved["last"]["evaluations"].items()}
         self._last_evaluation = saved["last"]["evaluated_at"]
         self._stream = None
 
@@ -414,7 +427,10 @@ class Trainer(Part, Moments, family="trainer"):
         equipment.learners["model"].scheduler.step()
         self.emit("on_step_end")
         epoch_over = self.progress.position % plan.samples_per_epoch == 0
-        if self._due(self.config.train_log_iter_interval, "log") or self.global_step == self.training_horizon:
+        if (
+            self._due(self.config.train_log_iter_interval, "log")
+            or self.global_step == self.training_horizon
+        ):
             self._log_step(batch, rates)
         if epoch_over:
             self.emit("on_epoch_end")
@@ -500,9 +516,15 @@ class Trainer(Part, Moments, family="trainer"):
         position = self._batch.global_batch.position if self._batch else -1
         here = self.global_step + (0 if position < self.progress.position else 1)
         step = (self.equipment.epoch_ledger.first_bad_step() if what == "loss" else None) or here
-        samples = f"; its samples: {self._name_samples(self._batch)}" if self._batch and step == here else ""
+        samples = (
+            f"; its samples: {self._name_samples(self._batch)}"
+            if self._batch and step == here
+            else ""
+        )
         newest = self.equipment.saver.newest()
-        kept = f"The last good checkpoint is {newest}." if newest else "No checkpoint was saved yet."
+        kept = (
+            f"The last good checkpoint is {newest}." if newest else "No checkpoint was saved yet."
+        )
         raise NonFiniteError(
             f"the {what} of step {step} is {value}{samples}\n"
             f"    Nothing was saved after it. {kept}\n"
@@ -511,7 +533,7 @@ class Trainer(Part, Moments, family="trainer"):
         )
 
     def _name_samples(self, batch: StepBatch) -> str:
-        samples = self.equipment.data.train
+        samples = self.equipment.loader.samples
         names = [samples.sample_id(int(i)) for i in batch.global_batch.samples[:8]]
         more = len(batch.global_batch.samples) - len(names)
         return ", ".join(names) + (f" and {more} more" if more > 0 else "")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from arctic_like.trainer.base import Trainer
 from arctic_like.trainer.config import TrainerConfig
@@ -24,8 +24,8 @@ class CausalTrainer(Trainer):
     """Mean cross-entropy of the next token over all trained labels."""
 
     name = "causal"
-    config_type = CausalConfig
-    data_factory_type = ("causal", "sft")
+    config_type: ClassVar[type[TrainerConfig]] = CausalConfig
+    data_factory_type: ClassVar[Any] = ("causal", "sft")
 
     def loss(self, batch: dict[str, Tensor]) -> Tensor | Loss:
         """Mean over `weight(batch)` trained labels of -log p(next token)."""

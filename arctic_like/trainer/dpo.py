@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import Field
 
@@ -40,8 +40,8 @@ class DPOTrainer(CausalTrainer):
     """Declared; refuses to run until its data path and reference model are built."""
 
     name = "dpo"
-    config_type = DPOConfig
-    data_factory_type = ("dpo",)
+    config_type: ClassVar[type[TrainerConfig]] = DPOConfig
+    data_factory_type: ClassVar[Any] = ("dpo",)
 
     @classmethod
     def refuse(cls) -> list[Problem]:

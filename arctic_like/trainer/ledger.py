@@ -51,7 +51,9 @@ class Ledger:
         mean = loss.mean.detach().double()
         self._accumulate("loss", mean * weight)
         for name, value in loss.values.items():
-            self._accumulate(name, torch.as_tensor(value, device=mean.device).detach().double() * weight)
+            self._accumulate(
+                name, torch.as_tensor(value, device=mean.device).detach().double() * weight
+            )
         self._weight += weight
         bad = torch.where(torch.isfinite(mean), NEVER, float(step))
         self._first_bad = bad if self._first_bad is None else torch.minimum(self._first_bad, bad)

@@ -1,4 +1,4 @@
-"""Where a run's numbers go: `metrics.jsonl`, the record of truth, and the trackers. Rank zero alone writes."""
+"""Where a run's numbers go: `metrics.jsonl`, the record of truth, and the trackers (rank zero)."""
 
 from __future__ import annotations
 

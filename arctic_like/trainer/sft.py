@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, ClassVar
+
 from arctic_like.trainer.causal import CausalTrainer
 from arctic_like.trainer.config import TrainerConfig
 
@@ -17,5 +19,5 @@ class SFTTrainer(CausalTrainer):
     """Like `causal`, on conversations: labels outside the assistant's turns are not trained."""
 
     name = "sft"
-    config_type = SFTConfig
-    data_factory_type = ("sft", "causal")
+    config_type: ClassVar[type[TrainerConfig]] = SFTConfig
+    data_factory_type: ClassVar[Any] = ("sft", "causal")
