@@ -8,6 +8,7 @@ layer may state; `types` is all layers merged, from which types are read.
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,12 @@ from arctic_like.config.base import Config
 from arctic_like.config.shape import PLAIN, Chooses, Shape, shapes
 from arctic_like.config.values import PathMark
 from arctic_like.errors import Problem
-from arctic_like.recipe.tree import Node, dotted
+from arctic_like.recipe.tree import Node, Place, dotted
 from arctic_like.recipe.yaml_tree import parse_scalar
 from arctic_like.registry.choice import Choice
 
 Owners = tuple[type, ...]
+_REFERENCE = re.compile(r"\$\{[^{}]*\}")
 
 
 def chosen(shape: Shape, types: Node | None, owners: Owners) -> tuple[type[Config] | None, Owners]:
@@ -40,6 +42,13 @@ def chosen(shape: Shape, types: Node | None, owners: Owners) -> tuple[type[Confi
     return config, (part, *owners) if part is not None else owners
 
 
+def shape_of(config: type[Config] | None, shape: Shape, key: str) -> Shape:
+    """The shape of what stands under a key of a map."""
+    if config is not None:
+        return shapes(config).get(key, PLAIN)
+    return shape.values or PLAIN
+
+
 def canonical(
     node: Node,
     shape: Shape,
@@ -47,7 +56,7 @@ def canonical(
     types: Node | None,
     owners: Owners,
     problems: list[Problem],
-    path: tuple[str | int, ...] = (),
+    path: Place = (),
 ) -> Node:
     """One layer with aliases replaced and short forms written out."""
     if shape.choice is not None:
@@ -83,7 +92,7 @@ def canonical(
                 )
             )  # fmt: skip
             continue
-        below = _shape_of(config, shape, name)
+        below = shape_of(config, shape, name)
         below_types = types.child(name) if types is not None else None
         if below_types is None and types is not None:
             below_types = types.child(key)
@@ -113,7 +122,7 @@ def resolve_paths(node: Node, shape: Shape, *, owners: Owners, untyped: bool = F
     untyped = untyped or (config is None and shape.choice is None)
     return node.with_value(
         {
-            key: resolve_paths(child, _shape_of(config, shape, key), owners=inner, untyped=untyped)
+            key: resolve_paths(child, shape_of(config, shape, key), owners=inner, untyped=untyped)
             for key, child in node.value.items()
         }
     )
@@ -124,13 +133,10 @@ def absolute(text: str, folder: Path) -> str:
     return os.path.normpath(folder / Path(text).expanduser())
 
 
-def _shape_of(config: type[Config] | None, shape: Shape, key: str) -> Shape:
-    if config is not None:
-        return shapes(config).get(key, PLAIN)
-    return shape.values or PLAIN
-
-
 def _expanded(node: Node, choice: Chooses) -> Node:
+    """The map that a short form stands for. A reference may stand for either: it stays."""
+    if isinstance(node.value, str) and node.raw is None and _REFERENCE.fullmatch(node.value):
+        return node
     value = choice.expand(node.value)
     if value is node.value or not isinstance(value, dict):
         return node

@@ -7,7 +7,7 @@ from typing import Any
 
 from arctic_like.config.base import Config
 from arctic_like.errors import Problem
-from arctic_like.recipe.tree import dotted
+from arctic_like.recipe.tree import Place, dotted
 
 
 def run_time_refusals(config: Config) -> list[Problem]:
@@ -37,9 +37,7 @@ def _departs(owner: Config, key: str) -> bool:
     return key in owner.model_fields_set and getattr(owner, key) != default
 
 
-def _configs(
-    value: Any, path: tuple[str | int, ...]
-) -> Iterator[tuple[tuple[str | int, ...], Config]]:
+def _configs(value: Any, path: Place) -> Iterator[tuple[Place, Config]]:
     """All configs in a config, outermost first, with their places."""
     if isinstance(value, Config):
         yield path, value

@@ -12,9 +12,7 @@ from arctic_like.config.shape import PLAIN, Shape, shapes
 from arctic_like.config.values import shown
 from arctic_like.errors import Problem
 from arctic_like.recipe.canonical import Owners, chosen
-from arctic_like.recipe.tree import Node, dotted
-
-Place = tuple[str | int, ...]
+from arctic_like.recipe.tree import Node, Place, dotted
 
 _RULES = {
     "int_type": "a whole number", "int_parsing": "a whole number",
@@ -94,7 +92,7 @@ def _sentence(entry: Any, context: dict[str, Any], value: Any) -> str:
     return f"is {shown(value)}: {entry['msg']}"
 
 
-def _place(loc: tuple[str | int, ...], root: Node, *, missing: bool) -> Place:
+def _place(loc: Place, root: Node, *, missing: bool) -> Place:
     """The error's place among the recipe's keys: without the names that pydantic gives to union
     branches."""
     place: list[str | int] = []

@@ -76,8 +76,10 @@ def load_recipe(
     if code is not None:
         stated = root.child("code") or root
         root = root.with_value({**root.value, "code": Node(str(code), stated.origin)})
-    root = expand(root, problems)
     shape, owners = Shape(config=trainer.config_type), (trainer,)
+    root = expand(root, problems, shape=shape, owners=owners)
+    # once more: only now it is known what stands where a reference stood
+    root = canonical(root, shape, types=root, owners=owners, problems=problems)
     root = resolve_paths(root, shape, owners=owners)
     config = _validated(root, shape, owners, problems)
     return Recipe(config, trainer, path, _name(path), root.plain(raw=True))

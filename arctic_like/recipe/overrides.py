@@ -12,7 +12,7 @@ from typing import Any
 from arctic_like.config.shape import PLAIN, Shape, shapes
 from arctic_like.errors import Problem, RecipeError
 from arctic_like.recipe.canonical import Owners, canonical, chosen
-from arctic_like.recipe.tree import Node, Origin, dotted, merge
+from arctic_like.recipe.tree import Node, Origin, Place, dotted, merge
 from arctic_like.recipe.yaml_tree import parse_yaml
 
 PLACE = "command line"
@@ -81,7 +81,7 @@ class _Application:
         shape: Shape,
         types: Node | None,
         owners: Owners,
-        done: tuple[str | int, ...],
+        done: Place,
     ) -> Node:
         rest = self.override.keys[len(done) :]
         if not rest:
@@ -106,7 +106,7 @@ class _Application:
 
     def into_map(
         self, node: Node | None, shape: Shape, types: Node | None, owners: Owners,
-        done: tuple[str | int, ...], key: str,
+        done: Place, key: str,
     ) -> Node:  # fmt: skip
         config, inner = chosen(shape, types if types is not None else node, owners)
         name = config.aliases.get(key, key) if config is not None else key
@@ -120,7 +120,7 @@ class _Application:
 
     def into_list(
         self, node: Node, shape: Shape, types: Node | None, owners: Owners,
-        done: tuple[str | int, ...], key: str,
+        done: Place, key: str,
     ) -> Node:  # fmt: skip
         count = len(node.value)
         if not key.isdigit() or int(key) >= count:
@@ -134,6 +134,6 @@ class _Application:
         changed = self.put(entry, shape.items or PLAIN, entry_types or entry, owners, (*done, key))
         return node.with_value([*node.value[:index], changed, *node.value[index + 1 :]])
 
-    def report(self, done: tuple[str | int, ...], message: str) -> None:
+    def report(self, done: Place, message: str) -> None:
         hint = f"in the override {self.override.text}"
         self.problems.append(Problem(message, dotted(done), hint, PLACE))

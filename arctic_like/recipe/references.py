@@ -14,23 +14,31 @@ from dataclasses import replace
 from typing import Any
 
 from arctic_like import registry
+from arctic_like.config.shape import PLAIN, Shape
 from arctic_like.errors import Problem
-from arctic_like.recipe.tree import Node, dotted
+from arctic_like.recipe.canonical import Owners, chosen, shape_of
+from arctic_like.recipe.tree import Node, Place, dotted
 
 _REFERENCE = re.compile(r"\$\$\{|\$\{([^{}]*)\}")
 
 
-def expand(root: Node, problems: list[Problem]) -> Node:
-    """The tree with all references expanded. Problems are added, and their nodes marked as
-    broken."""
-    return _Expander(root, problems).node(root, (), ())
+def expand(
+    root: Node, problems: list[Problem], *, shape: Shape = PLAIN, owners: Owners = ()
+) -> Node:
+    """The tree with all references expanded. Problems are added, their nodes marked as broken.
+
+    With the root's `shape`, a reference may use a key's alias (`${optimizer.lr}`).
+    """
+    return _Expander(root, problems, shape, owners).node(root, (), ())
 
 
 class _Expander:
-    def __init__(self, root: Node, problems: list[Problem]) -> None:
+    def __init__(self, root: Node, problems: list[Problem], shape: Shape, owners: Owners) -> None:
         self.root, self.problems = root, problems
+        self.shape, self.owners = shape, owners
+        self.reported: set[tuple[str, str, int | None]] = set()
 
-    def node(self, node: Node, path: tuple[str | int, ...], asking: tuple[str, ...]) -> Node:
+    def node(self, node: Node, path: Place, asking: tuple[str, ...]) -> Node:
         if isinstance(node.value, dict):
             return node.with_value(
                 {k: self.node(child, (*path, k), asking) for k, child in node.value.items()}
@@ -43,7 +51,7 @@ class _Expander:
             return self.text(node, path, asking)
         return node
 
-    def text(self, node: Node, path: tuple[str | int, ...], asking: tuple[str, ...]) -> Node:
+    def text(self, node: Node, path: Place, asking: tuple[str, ...]) -> Node:
         whole = _REFERENCE.fullmatch(node.value)
         if whole and whole.group(1) is not None:
             found = self.reference(whole.group(1), node, path, asking)
@@ -69,9 +77,7 @@ class _Expander:
         rest = node.value[last:]
         return replace(node, value=value + rest, raw=None if plain else raw + rest)
 
-    def reference(
-        self, name: str, node: Node, path: tuple[str | int, ...], asking: tuple[str, ...]
-    ) -> Node | None:
+    def reference(self, name: str, node: Node, path: Place, asking: tuple[str, ...]) -> Node | None:
         """What one reference stands for, at the place of the referring node."""
         name = name.strip()
         if name.startswith("env:"):
@@ -80,7 +86,7 @@ class _Expander:
             chain = " → ".join((*asking, name))
             self.report(node, path, f"refers to itself: {chain}", "state one of them")
             return None
-        target = self.find(name)
+        target, place = self.find(name)
         if target is None:
             near = registry.nearest(name, _places(self.root, ()))
             hint = f"did you mean ${{{near}}}?" if near else (
@@ -91,10 +97,10 @@ class _Expander:
                 node, path, f"refers to ${{{name}}}, which this recipe does not state", hint
             )
             return None
-        found = self.node(target, path, (*asking, name))
+        found = self.node(target, place, (*asking, name))
         return None if found.broken else found
 
-    def environment(self, name: str, node: Node, path: tuple[str | int, ...]) -> Node | None:
+    def environment(self, name: str, node: Node, path: Place) -> Node | None:
         _, variable, *default = name.split(":", 2)
         value = os.environ.get(variable, default[0] if default else None)
         if value is None:
@@ -105,19 +111,31 @@ class _Expander:
             return None
         return replace(node, value=value, raw="${" + name + "}", from_environment=True)
 
-    def find(self, name: str) -> Node | None:
+    def find(self, name: str) -> tuple[Node | None, Place]:
+        """The node under a dotted name, aliases resolved, and its place."""
         node: Node | None = self.root
-        for part in name.split("."):
+        shape, owners = self.shape, self.owners
+        place: Place = ()
+        for word in name.split("."):
             if node is None:
-                return None
-            node = node.child(
-                int(part) if part.isdigit() and isinstance(node.value, list) else part
-            )
-        return node
+                break
+            key: str | int = word
+            if isinstance(node.value, list) and word.isdigit():
+                key, shape = int(word), shape.items or PLAIN
+            else:
+                config, owners = chosen(shape, node, owners)
+                key = config.aliases.get(word, word) if config is not None else word
+                shape = shape_of(config, shape, key)
+            node, place = node.child(key), (*place, key)
+        return node, place
 
-    def report(self, node: Node, path: tuple[str | int, ...], message: str, hint: str) -> None:
+    def report(self, node: Node, path: Place, message: str, hint: str) -> None:
+        """Add a problem, once for each place: several references may lead to the same."""
         origin = node.origin
-        self.problems.append(Problem(message, dotted(path), hint, origin.file, origin.line))
+        key = (dotted(path), origin.file, origin.line)
+        if key not in self.reported:
+            self.reported.add(key)
+            self.problems.append(Problem(message, dotted(path), hint, origin.file, origin.line))
 
 
 def _as_text(value: Any) -> str:
@@ -126,7 +144,7 @@ def _as_text(value: Any) -> str:
     return str(value)
 
 
-def _places(node: Node, path: tuple[str | int, ...]) -> list[str]:
+def _places(node: Node, path: Place) -> list[str]:
     found = [dotted(path)] if path else []
     for key, child in node.children():
         found += _places(child, (*path, key))

@@ -7,6 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+Place = tuple[str | int, ...]
+"""Keys and indices from the root down."""
+
 
 @dataclass(frozen=True)
 class Origin:
@@ -83,6 +86,6 @@ def merge(base: Node, top: Node) -> Node:
     return top.with_value(merged)
 
 
-def dotted(path: tuple[str | int, ...]) -> str:
+def dotted(path: Place) -> str:
     """`("data", "sources", 0)` as `data.sources.0`."""
     return ".".join(str(part) for part in path)

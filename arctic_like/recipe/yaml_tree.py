@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from arctic_like.errors import Problem, RecipeError
-from arctic_like.recipe.tree import Node, Origin, dotted
+from arctic_like.recipe.tree import Node, Origin, Place, dotted
 
 _TAG = "tag:yaml.org,2002:"
 _AMBIGUOUS = "!octal"
@@ -55,8 +55,15 @@ class _Dumper(yaml.SafeDumper):
         super().increase_indent(flow, False)
 
 
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    # unquoted and in single quotes, PyYAML folds these line breaks into spaces when it reads them
+    style = '"' if any(c in text for c in "\x85\u2028\u2029\r") else None
+    return dumper.represent_scalar(_TAG + "str", text, style=style)
+
+
 _install(_Loader)
 _install(_Dumper)
+_Dumper.add_representer(str, _represent_text)
 
 
 def dump_yaml(value: Any) -> str:
@@ -123,7 +130,7 @@ class _Reader:
         self.first = origin.line
         self.open: set[int] = set()
 
-    def read(self, node: yaml.Node, path: tuple[str | int, ...]) -> Node:
+    def read(self, node: yaml.Node, path: Place) -> Node:
         if id(node) in self.open:
             self.report(node, path, "contains itself through an anchor", "write the value out")
             return Node(None, self.origin(node), broken=True)
@@ -133,14 +140,14 @@ class _Reader:
         finally:
             self.open.discard(id(node))
 
-    def value(self, node: yaml.Node, path: tuple[str | int, ...]) -> Any:
+    def value(self, node: yaml.Node, path: Place) -> Any:
         if isinstance(node, yaml.SequenceNode):
             return [self.read(entry, (*path, i)) for i, entry in enumerate(node.value)]
         if isinstance(node, yaml.MappingNode):
             return self.mapping(node, path)
         return self.scalar(node, path)
 
-    def mapping(self, node: yaml.MappingNode, path: tuple[str | int, ...]) -> dict[str, Node]:
+    def mapping(self, node: yaml.MappingNode, path: Place) -> dict[str, Node]:
         found: dict[str, Node] = {}
         lines: dict[str, int | None] = {}
         inherited: dict[str, Node] = {}
@@ -167,7 +174,7 @@ class _Reader:
             lines[key] = line
         return {**{k: v for k, v in inherited.items() if k not in found}, **found}
 
-    def merged(self, node: yaml.Node, path: tuple[str | int, ...]) -> dict[str, Node]:
+    def merged(self, node: yaml.Node, path: Place) -> dict[str, Node]:
         entries = node.value if isinstance(node, yaml.SequenceNode) else [node]
         result: dict[str, Node] = {}
         for entry in entries:
@@ -178,13 +185,13 @@ class _Reader:
                 result.setdefault(key, value)
         return result
 
-    def key(self, node: yaml.Node, path: tuple[str | int, ...]) -> str:
+    def key(self, node: yaml.Node, path: Place) -> str:
         if not isinstance(node, yaml.ScalarNode):
             self.report(node, path, "a key must be a word, not a map or a list", "")
             return "?"
         return str(node.value)
 
-    def scalar(self, node: yaml.Node, path: tuple[str | int, ...]) -> Any:
+    def scalar(self, node: yaml.Node, path: Place) -> Any:
         text = node.value
         kind = node.tag.removeprefix(_TAG)
         if kind == "null":
@@ -212,7 +219,7 @@ class _Reader:
     def origin(self, node: yaml.Node) -> Origin:
         return Origin(self.file, self.line(node), self.folder)
 
-    def report(self, node: yaml.Node, path: tuple[str | int, ...], message: str, hint: str) -> None:
+    def report(self, node: yaml.Node, path: Place, message: str, hint: str) -> None:
         self.problems.append(Problem(message, dotted(path), hint, self.file, self.line(node)))
 
 
