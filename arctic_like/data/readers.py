@@ -170,21 +170,30 @@ def parquet(path: Path) -> Iterator[Numbered]:
 
 
 def arrow(path: Path) -> Iterator[Numbered]:
-    """Rows of an Arrow file (either IPC format)."""
+    """Rows of an Arrow file (either IPC format), a batch at a time."""
     import pyarrow as pa
 
+    number = 0
     with pa.memory_map(str(path)) as source:
         try:
-            reader: Any = pa.ipc.open_stream(source)
-            batches: Iterator[Any] = iter(reader)
-        except pa.ArrowInvalid:
-            opened = pa.ipc.open_file(source)
-            batches = (opened.get_batch(index) for index in range(opened.num_record_batches))
-        number = 0
-        for batch in batches:
-            for row in batch.to_pylist():
-                number += 1
-                yield number, row
+            for batch in _arrow_batches(source):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield number, row
+        except pa.ArrowException as error:
+            raise broken(path, None, f"cannot be read as Arrow: {error}") from None
+
+
+def _arrow_batches(source: Any) -> Iterator[Any]:
+    import pyarrow as pa
+
+    try:
+        stream = pa.ipc.open_stream(source)
+    except pa.ArrowInvalid:
+        opened = pa.ipc.open_file(source)
+        yield from (opened.get_batch(index) for index in range(opened.num_record_batches))
+    else:
+        yield from stream
 
 
 READERS: dict[str, Callable[..., Iterator[Numbered]]] = {

@@ -12,12 +12,15 @@ from typing import Any, ClassVar
 from arctic_like.data.base import DataSource, Row, SourceConfig
 from arctic_like.errors import Problem, RecipeError
 
+EVALUATION_SPLITS = ("eval", "validation", "valid", "val", "dev", "test")
+"""What the split `eval` may be called; the first that there is."""
+
 _SPLIT = re.compile(r"(?P<name>.+):(?P<split>[A-Za-z_][\w.\-]*(?:\[[^\]]*\])?|\[[^\]]*\])")
 _SLICE = re.compile(r"(?P<split>[^\[]*)(?:\[(?P<from>-?\d+%?)?:(?P<to>-?\d+%?)?\])?")
 
 
 @dataclass(frozen=True)
-class Part:
+class Stretch:
     """A split and a stretch of it: `train[:10%]`. Bounds are rows, or shares where they end in
     %."""
 
@@ -26,7 +29,7 @@ class Part:
     stop: str = ""
 
     @classmethod
-    def parse(cls, text: str) -> Part:
+    def parse(cls, text: str) -> Stretch:
         """Raises RecipeError for what is not `split` or `split[from:to]`."""
         match = _SLICE.fullmatch(text)
         if match is None:
@@ -48,16 +51,16 @@ class Part:
         return range(total)[bound(self.start) : bound(self.stop)]
 
 
-def named_part(config: SourceConfig) -> tuple[str, Part]:
+def named_part(config: SourceConfig) -> tuple[str, Stretch]:
     """(name or path, part): `name:split[:n]` taken apart, the recipe's names of splits replaced."""
     name, split = config.name_or_path, config.split
     match = _SPLIT.fullmatch(name)
     if match is not None and not Path(name).exists():
         name = match["name"]
         split = split or match["split"]
-    part = Part.parse(split)
+    part = Stretch.parse(split)
     mapped = config.split_mapping.get(part.split or "train", part.split)
-    return name, Part(mapped, part.start, part.stop)
+    return name, Stretch(mapped, part.start, part.stop)
 
 
 class HFSource(DataSource):
@@ -113,14 +116,13 @@ class HFSource(DataSource):
                     raise
                 raise RecipeError(Problem(str(error), place="kwargs", file=str(path))) from None
 
-    def _table(self, name: str, part: Part) -> Any:
+    def _table(self, name: str, part: Stretch) -> Any:
         """A `datasets.Dataset`, from a folder that `save_to_disk` wrote or from the Hub."""
         import datasets
 
         folder = Path(name).expanduser()
-        saved = any((folder / mark).exists() for mark in ("state.json", "dataset_dict.json"))
         try:
-            if saved:
+            if _is_saved(folder):
                 table = datasets.load_from_disk(str(folder), **self.config.kwargs)
             elif not self.hub or folder.exists() or not name:
                 raise _no_such_data(name, hub=False)
@@ -155,32 +157,55 @@ def local_files(name: str, split: str = "") -> list[Path]:
     """The files that a path, a glob or a folder of data files names, sorted; none for anything
     else.
 
-    In a folder, files named after a split (`train.jsonl`, `train-00000.parquet`, `train/…`) are
-    that split.
+    In a folder, files named after a split (`train.jsonl`, `train-00000.parquet`, `train/…`) are that
+    split; where none is named after any, all of them are `train`. Raises RecipeError for a folder
+    without the split.
     """
     from arctic_like.data.readers import reader_of
 
     path = Path(name).expanduser()
     if path.is_file():
         return [path]
-    if path.is_dir():
-        if any((path / mark).exists() for mark in ("state.json", "dataset_dict.json")):
-            return []
+    if path.is_dir() and not _is_saved(path):
         found = sorted(file for file in path.rglob("*") if file.is_file() and reader_of(file))
-        own = [file for file in found if _is_of(file.relative_to(path), split or "train")]
-        return own or ([] if split else found)
+        return _of_split(path, found, split or "train")
     if glob.has_magic(name):
-        found = sorted(Path(file) for file in glob.glob(str(path), recursive=True))
-        return [file for file in found if file.is_file()]
+        matches = sorted(Path(file) for file in glob.glob(str(path), recursive=True))
+        return [file for file in matches if file.is_file()]
     return []
 
 
-def _is_of(file: Path, split: str) -> bool:
-    first = file.parts[0]
-    return first == split or re.match(rf"{re.escape(split)}[.\-_]", first) is not None
+def _is_saved(folder: Path) -> bool:
+    """Whether `datasets` saved the folder."""
+    return any((folder / mark).exists() for mark in ("state.json", "dataset_dict.json"))
 
 
-def _stretch(rows: Any, part: Part) -> Iterator[Row]:
+def _of_split(folder: Path, files: list[Path], split: str) -> list[Path]:
+    def named(name: str) -> list[Path]:
+        start = re.compile(rf"{re.escape(name)}([.\-_]|$)")
+        return [file for file in files if start.match(file.relative_to(folder).parts[0])]
+
+    for name in _names_of(split):
+        if own := named(name):
+            return own
+    unnamed = not any(named(name) for name in ("train", *EVALUATION_SPLITS))
+    if split == "train" and unnamed and files:
+        return files
+    held = ", ".join(str(file.relative_to(folder)) for file in files[:5]) or "no data file"
+    raise RecipeError(
+        Problem(
+            f"{folder} has no split {split!r}; it holds {held}",
+            place="data.sources",
+            hint="name a file, a glob, or another split",
+        )
+    )
+
+
+def _names_of(split: str) -> tuple[str, ...]:
+    return EVALUATION_SPLITS if split == "eval" else (split,)
+
+
+def _stretch(rows: Any, part: Stretch) -> Iterator[Row]:
     """The rows that a part names; they are counted first only where a bound needs the total."""
     needs_total = any(
         bound.startswith("-") or bound.endswith("%") for bound in (part.start, part.stop)
@@ -194,9 +219,10 @@ def _stretch(rows: Any, part: Part) -> Iterator[Row]:
             yield row
 
 
-def _picked(table: Any, part: Part, name: str) -> Any:
+def _picked(table: Any, part: Stretch, name: str) -> Any:
     if isinstance(table, dict):
         split = part.split or "train"
+        split = next((known for known in _names_of(split) if known in table), split)
         if split not in table:
             raise RecipeError(
                 Problem(

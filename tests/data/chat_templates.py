@@ -1,3 +1,4 @@
+# ruff: noqa: E501 (the templates stand as they ship)
 """Chat templates as models ship them, each with an oracle: plain Python that writes the same text and
 says of every character whether the assistant wrote it. The two know nothing of each other."""
 

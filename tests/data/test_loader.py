@@ -78,7 +78,9 @@ def test_workers_change_nothing(workers):
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 8])
 def test_ranks_share_the_global_batch(ranks):
-    for steps in zip(*(taken(loader(rank=r, ranks=ranks), 0, 4) for r in range(ranks)), strict=True):
+    for steps in zip(
+        *(taken(loader(rank=r, ranks=ranks), 0, 4) for r in range(ranks)), strict=True
+    ):
         assert len({len(step.micro_batches) for step in steps}) == 1
         batch = steps[0].global_batch.samples.tolist()
         work = [m for step in steps for m in step.micro_batches if not m.idle]

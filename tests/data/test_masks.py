@@ -32,7 +32,11 @@ def conversation(draw, *, alternates: bool, system: bool):
     count = draw(st.integers(1, 6))
     for turn in range(count):
         free = not alternates and turn > 0
-        role = draw(st.sampled_from(["user", "assistant"])) if free else ["user", "assistant"][turn % 2]
+        role = (
+            draw(st.sampled_from(["user", "assistant"]))
+            if free
+            else ["user", "assistant"][turn % 2]
+        )
         messages.append({"role": role, "content": draw(content)})
     said = [m["content"] for m in messages]
     if draw(st.booleans()):  # an answer that repeats the prompt

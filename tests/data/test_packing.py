@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 
 import numpy as np
@@ -47,7 +48,7 @@ def test_packs_hold_every_document_once_in_order(given):
     lengths, capacity = given
     order, offsets = grouped(best_fit(lengths, capacity=capacity))
     assert sorted(order.tolist()) == list(range(len(lengths)))
-    for start, end in zip(offsets[:-1], offsets[1:], strict=True):
+    for start, end in itertools.pairwise(offsets):
         inside = order[start:end].tolist()
         assert inside == sorted(inside)
         assert lengths[inside].sum() <= capacity
@@ -106,7 +107,7 @@ def test_end_to_end(given):
     pieces = whole(lengths, np.arange(len(lengths))[::-1].copy())
     laid, offsets = end_to_end(pieces, capacity=capacity)
     assert covered(laid) == covered(pieces)
-    sizes = [int(laid.length[a:b].sum()) for a, b in zip(offsets[:-1], offsets[1:], strict=True)]
+    sizes = [int(laid.length[a:b].sum()) for a, b in itertools.pairwise(offsets)]
     assert sizes[:-1] == [capacity] * (len(sizes) - 1)
     assert sum(sizes) == lengths.sum()
     assert all(size <= capacity for size in sizes)

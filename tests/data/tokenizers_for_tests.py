@@ -15,8 +15,15 @@ CORPUS = [
 
 @cache
 def tokenizer_for(name: str, *, kind: str = "bpe", trim_offsets: bool = True):
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-    from tokenizers import processors, trainers
+    from tokenizers import (
+        AddedToken,
+        Tokenizer,
+        decoders,
+        models,
+        pre_tokenizers,
+        processors,
+        trainers,
+    )
     from transformers import PreTrainedTokenizerFast
 
     from arctic_like.tokenizer.byte import byte_symbols

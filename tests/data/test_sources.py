@@ -1,0 +1,315 @@
+"""Files of every format and shape, and what is said of broken ones."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+
+from arctic_like.data.base import DataSource, SourceConfig, make_source
+from arctic_like.data.prepare import chosen_rows
+from arctic_like.data.shapes import RowError, conversation, text, tokens
+from arctic_like.data.sources import Stretch, read_conversations
+from arctic_like.errors import RecipeError
+
+ROWS = [{"text": f"row {i}", "number": i} for i in range(10)]
+LINES = "".join(json.dumps(row) + "\n" for row in ROWS)
+
+
+def source(path, **more):
+    config = SourceConfig.model_validate({"name_or_path": str(path), **more})
+    return make_source(config)
+
+
+def texts(one):
+    return [row["text"] for _, row in one.rows()]
+
+
+@pytest.fixture
+def files(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    (tmp_path / "a.jsonl").write_text(LINES)
+    (tmp_path / "a.json").write_text(json.dumps(ROWS, indent=1))
+    (tmp_path / "wrapped.json").write_text(json.dumps({"data": ROWS}))
+    (tmp_path / "lines.json").write_text(LINES)
+    (tmp_path / "bom.jsonl").write_text("\ufeff" + LINES, encoding="utf-8")
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(LINES.encode()))
+    csv = "text,number\n" + "".join(f'"{r["text"]}",{r["number"]}\n' for r in ROWS)
+    (tmp_path / "a.csv").write_text(csv)
+    (tmp_path / "a.tsv").write_text(csv.replace(",", "\t"))
+    (tmp_path / "a.txt").write_text("".join(r["text"] + "\n" for r in ROWS))
+    pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "a.parquet", row_group_size=3)
+    with pa.OSFile(str(tmp_path / "a.arrow"), "wb") as file:
+        table = pa.Table.from_pylist(ROWS)
+        with pa.ipc.new_stream(file, table.schema) as writer:
+            writer.write_table(table)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "a.jsonl",
+        "a.json",
+        "wrapped.json",
+        "lines.json",
+        "bom.jsonl",
+        "a.jsonl.gz",
+        "a.csv",
+        "a.tsv",
+        "a.parquet",
+        "a.arrow",
+    ],
+)
+def test_formats(files, name):
+    rows = list(source(files / name).rows())
+    assert [row["text"] for _, row in rows] == [row["text"] for row in ROWS]
+    first = 2 if name in ("a.csv", "a.tsv") else 1  # the header is a line
+    assert [place for place, _ in rows] == [f"{name}:{i}" for i in range(first, first + 10)]
+
+
+def test_text_files(files):
+    assert texts(source(files / "a.txt")) == [(files / "a.txt").read_text()]
+    assert texts(source(files / "a.txt", kwargs={"sample_by": "line"})) == [r["text"] for r in ROWS]
+    (files / "p.txt").write_text("one\ntwo\n\n\nthree\n")
+    assert list(source(files / "p.txt", kwargs={"sample_by": "paragraph"}).rows()) == [
+        ("p.txt:1", {"text": "one\ntwo"}),
+        ("p.txt:5", {"text": "three"}),
+    ]
+    with pytest.raises(RecipeError, match="unexpected keyword"):
+        texts(source(files / "a.jsonl", kwargs={"sample_by": "line"}))
+
+
+def test_globs_and_folders(tmp_path):
+    for name in ("train-1", "train-2", "eval", "other"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"text": name}) + "\n")
+    assert texts(source(tmp_path / "train-*.jsonl")) == ["train-1", "train-2"]
+    assert texts(source(tmp_path)) == ["train-1", "train-2"]
+    assert texts(source(tmp_path, split="eval")) == ["eval"]
+    assert texts(source(f"{tmp_path}:other")) == ["other"]
+    assert texts(source(tmp_path, split="eval", split_mapping={"eval": "other"})) == ["other"]
+    with pytest.raises(RecipeError, match="no split 'nothing'"):
+        texts(source(tmp_path, split="nothing"))
+
+
+def test_saved_folders(tmp_path):
+    import datasets
+
+    table = datasets.Dataset.from_list(ROWS)
+    table.save_to_disk(str(tmp_path / "one"))
+    datasets.DatasetDict({"train": table, "test": table.select([3])}).save_to_disk(
+        str(tmp_path / "two")
+    )
+    assert texts(source(tmp_path / "one")) == [r["text"] for r in ROWS]
+    assert texts(source(f"{tmp_path / 'two'}:train[:2]")) == ["row 0", "row 1"]
+    assert texts(source(tmp_path / "two", split="eval")) == ["row 3"]
+    keys = {source(tmp_path / "one", split=s).content_key() for s in ("", "[:3]", "[1:3]")}
+    assert len(keys) == 3
+
+
+@pytest.mark.parametrize(
+    ("part", "rows"),
+    [
+        ("[:3]", [0, 1, 2]), ("train[7:]", [7, 8, 9]), ("[-2:]", [8, 9]), ("[:50%]", [0, 1, 2, 3, 4]),
+        ("[20%:30%]", [2]), ("train", list(range(10))), ("[8:100]", [8, 9]),
+    ],
+)  # fmt: skip
+def test_slices(files, part, rows):
+    assert texts(source(f"{files / 'a.jsonl'}:{part}")) == [f"row {i}" for i in rows]
+    assert texts(source(files / "a.jsonl", split=part)) == [f"row {i}" for i in rows]
+
+
+def test_stretch_refuses_nonsense():
+    with pytest.raises(RecipeError, match="not a split"):
+        Stretch.parse("train[1:2:3]")
+
+
+def test_sampling(files):
+    def drawn(**more):
+        return [row["number"] for _, row in chosen_rows(source(files / "a.jsonl", **more))]
+
+    five = drawn(sample_count=5)
+    assert len(set(five)) == 5
+    assert five == sorted(five)
+    assert drawn(sample_count=5) == five
+    assert drawn(sample_ratio=0.5) == five
+    assert drawn(sample_count=5, sample_seed=1) != five
+    assert drawn(sample_count=10) == list(range(10))
+    with pytest.raises(RecipeError, match=r"is 11, but .*a\.jsonl has 10 rows"):
+        drawn(sample_count=11)
+
+
+def test_content_key_is_of_the_content(files):
+    before = source(files / "a.jsonl").content_key()
+    assert source(files / "a.jsonl").content_key() == before
+    (files / "a.jsonl").write_text(LINES.replace("row 3", "row x"))
+    assert source(files / "a.jsonl").content_key() != before
+
+
+def test_a_source_of_ones_own():
+    class Squares(DataSource):
+        name = "squares-for-tests"
+        count = 3
+
+        def rows(self):
+            for i in range(self.count):
+                yield f"squares:{i}", {"text": str(i * i)}
+
+    one = make_source(SourceConfig(type="squares-for-tests"))
+    key = one.content_key()
+    assert [row["text"] for _, row in one.rows()] == ["0", "1", "4"]
+    Squares.count = 4
+    assert one.content_key() != key
+
+
+def test_read_conversations(files):
+    assert next(read_conversations(files / "a.jsonl")) == ("a.jsonl:1", ROWS[0])
+
+
+BROKEN = {
+    "truncated.jsonl": (b'{"text": "a"}\n{"text": "b\n', r"truncated\.jsonl:2: is not valid JSON"),
+    "list.jsonl": (b"[1]\n", r"list\.jsonl:1: is not a JSON object"),
+    "latin.jsonl": (b'{"text": "a"}\n{"text": "\xe9"}\n', r"latin\.jsonl:2: is not UTF-8 \(byte 0xe9"),
+    "broken.json": (b'[{"text": 1},\n {]', r"broken\.json:2: is not valid JSON"),
+    "word.json": (b'"word"', r"word\.json: is neither a list of objects"),
+    "short.csv": (b"a,b\n1,2\n3\n", r"short\.csv:3: has not the 2 fields"),
+    "long.csv": (b"a,b\n1,2\n3,4,5\n", r"long\.csv:3: has not the 2 fields"),
+    "quote.csv": (b'a,b\n1,"2\n', r"quote\.csv:\d: is not valid CSV"),
+    "no.parquet": (b"PAR1 no", r"no\.parquet: cannot be read as parquet"),
+    "no.arrow": (b"nothing of arrow", r"no\.arrow: cannot be read as Arrow"),
+    "half.jsonl.gz": (gzip.compress(LINES.encode())[:-12], r"half\.jsonl\.gz: is not a whole gzip"),
+    "what.xyz": (b"?", r"what\.xyz: cannot be read: \.xyz is no known format"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_files(tmp_path, name):
+    content, message = BROKEN[name]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(RecipeError, match=message):
+        list(source(tmp_path / name).rows())
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(RecipeError, match="is not a file here"):
+        list(source(tmp_path / "none.jsonl", type="file").rows())
+    with pytest.raises(RecipeError, match="neither a file here nor"):
+        list(source(tmp_path / "none.jsonl").rows())
+
+
+def config(**more):
+    return SourceConfig.model_validate(more)
+
+
+def turns(*pairs):
+    return [{"role": role, "content": content} for role, content in pairs]
+
+
+ASK = turns(("user", "q"), ("assistant", "a"))
+
+
+@pytest.mark.parametrize(
+    ("row", "more", "messages"),
+    [
+        ({"messages": ASK}, {}, ASK),
+        ({"messages": [{"role": "user", "value": "q"}, {"role": "assistant", "value": "a"}]}, {}, ASK),
+        ({"chat": ASK, "messages": 3}, {"column": "chat"}, ASK),
+        ({"messages": [{"role": "user", "say": "q"}]}, {"content_key": "say"}, ASK[:1]),
+        ({"prompt": "q", "completion": "a"}, {}, [{**ASK[0], "train": False}, ASK[1]]),
+        (
+            {"prompt": ASK, "completion": turns(("assistant", "b"))}, {},
+            [*({**m, "train": False} for m in ASK), {"role": "assistant", "content": "b"}],
+        ),
+        ({"question": "q", "answer": "a"}, {"role_mapping": {"user": "question", "assistant": "answer"}}, ASK),
+        (
+            {"s": "be", "q": "q", "a": "a"},
+            {"role_mapping": {"user": "q", "assistant": "a", "system": "s"}},
+            [*turns(("system", "be")), *ASK],
+        ),
+        (
+            {"s": None, "q": "q", "a": "a"},
+            {"role_mapping": {"system": "s", "user": "q", "assistant": "a"}}, ASK,
+        ),
+        (
+            {"deep": {"q": "q"}, "a": "a"},
+            {"role_mapping": {"user": "deep.q", "assistant": "a"}}, ASK,
+        ),
+        (
+            {"conversations": [
+                {"from": "system", "value": "be"}, {"from": "human", "value": "q"},
+                {"from": "gpt", "value": "a"}, {"from": "gpt", "value": "b"},
+                {"from": "human", "value": "r"}, {"from": "gpt", "value": "c"},
+            ]},
+            {"role_mapping": {"user": "conversations.from.human", "assistant": "conversations.from.gpt"}},
+            turns(("system", "be"), ("user", "q"), ("assistant", "a"), ("assistant", "b"),
+                  ("user", "r"), ("assistant", "c")),
+        ),
+    ],
+)  # fmt: skip
+def test_conversations(row, more, messages):
+    assert conversation(row, config(**more)) == messages
+
+
+@pytest.mark.parametrize(
+    ("row", "more", "message"),
+    [
+        ({"talk": ASK}, {}, r"has the columns 'talk'; expected is `messages`"),
+        ({"messages": []}, {}, "is an empty conversation"),
+        ({"messages": None}, {}, "has null in 'messages'; expected is a list"),
+        ({"messages": "hi"}, {}, "has 'hi' in 'messages'"),
+        ({"messages": turns(("user", None))}, {}, "has null as the content of message 1"),
+        ({"messages": turns(("user", ["x"]))}, {}, "has a list as the content of message 1"),
+        ({"messages": turns(("human", "x"))}, {}, r"has the role 'human' in message 1; .*role_mapping"),
+        ({"messages": [{"content": "x"}]}, {}, "has the role None in message 1"),
+        ({"messages": [{"role": "user"}]}, {}, r"has no 'content' / .* in message 1, only 'role'"),
+        ({"messages": [{"role": "user", "content": "x", "train": 1}]}, {}, "has 1 as `train`"),
+        ({"q": "x"}, {"role_mapping": {"user": "q", "assistant": "a"}}, "has no 'a'; its columns are 'q'"),
+        ({"q": "x", "a": None}, {"role_mapping": {"user": "q", "assistant": "a"}},
+         "has null as the content of message 2"),
+        ({"c": [{"from": "bing", "value": "x"}]},
+         {"role_mapping": {"user": "c.from.human"}},
+         r"has from 'bing' in turn 1 of 'c'; role_mapping knows 'human'"),
+    ],
+)  # fmt: skip
+def test_broken_conversations(row, more, message):
+    with pytest.raises(RowError, match=message):
+        conversation(row, config(**more))
+
+
+def test_texts():
+    assert text({"text": "x", "id": 1}, config()) == "x"
+    assert text({"body": "x"}, config()) == "x"
+    assert text({"a": {"b": "x"}, "c": 1}, config(column="a.b")) == "x"
+    for row, more, message in (
+        ({"a": "x", "b": "y"}, {}, "has the columns 'a', 'b'; expected is `text`"),
+        ({"text": None}, {}, "has null in 'text'"),
+        ({"text": "x"}, {"column": "body"}, "has no 'body'"),
+    ):
+        with pytest.raises(RowError, match=message):
+            text(row, config(**more))
+
+
+def test_tokens():
+    assert tokens({"input_ids": [1, 2]}) == ([1, 2], [True, True])
+    assert tokens({"input_ids": [1, 2], "labels": [-100, 2]}) == ([1, 2], [False, True])
+    for row, message in (
+        ({"ids": [1]}, "has no 'input_ids'"),
+        ({"input_ids": "1"}, "has no list of whole numbers"),
+        ({"input_ids": [1], "labels": [1, 2]}, "not as many"),
+        ({"input_ids": [1], "labels": [2]}, "has the label 2 at the token 1"),
+    ):
+        with pytest.raises(RowError, match=message):
+            tokens(row)
+
+
+def test_the_bundled_readers_need_no_more_than_a_path():
+    from arctic_like.data.readers import READERS, reader_of
+
+    for suffix in READERS:
+        assert reader_of(Path(f"x{suffix}")) is READERS[suffix]
+        assert reader_of(Path(f"x{suffix}.gz")) is READERS[suffix]
+    assert reader_of(Path("x.gz")) is None
