@@ -161,6 +161,7 @@ def _refuse_misspelt_verb(word: str) -> None:
     from arctic_like.cli.main import VERBS
     from arctic_like.registry import nearest
 
-    near = nearest(word, VERBS)
-    hint = f"did you mean {near!r}?" if near else f"verbs: {', '.join(VERBS)}"
+    files = [name for suffix in (".yaml", ".yml") if Path(name := word + suffix).is_file()]
+    near = files[0] if files else repr(nearest(word, VERBS))
+    hint = f"verbs: {', '.join(VERBS)}" if near == "''" else f"did you mean {near}?"
     raise RecipeError(Problem(f"{word!r} is neither a verb nor a recipe's file", hint=hint))

@@ -118,7 +118,8 @@ def summary(part: type[Part]) -> str:
     """The first sentence of a part's docstring, for lists and the schema; empty without one."""
     text = " ".join((part.__dict__.get("__doc__") or "").strip().split("\n\n")[0].split())
     text = re.sub(r"^`type: \w+`[:.,]?\s*", "", text)
-    return re.split(r"(?<=[^l]\.) (?=[A-Z`])", text)[0]
+    sentence = re.split(r"(?<=[^l]\.) (?=[A-Z`])", text)[0]
+    return sentence[:1].upper() + sentence[1:]
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
