@@ -28,7 +28,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, TextIO
 
-from arctic_like.checkpoint.layout import LATEST
 from arctic_like.errors import Problem, RecipeError, RunError
 
 PACKAGES = (
@@ -172,7 +171,7 @@ class RunDirectory:
             if folder.exists():
                 shutil.rmtree(folder)
         if checkpoints is not None and checkpoints.is_dir():
-            for entry in [*checkpoints.glob("step-*"), *checkpoints.glob(LATEST)]:
+            for entry in [*checkpoints.glob("step-*"), *checkpoints.glob("latest")]:
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
         for file in (self.metrics, self.environment, self.recipe):
             file.unlink(missing_ok=True)
