@@ -171,7 +171,8 @@ class RunDirectory:
             if folder.exists():
                 shutil.rmtree(folder)
         if checkpoints is not None and checkpoints.is_dir():
-            for entry in [*checkpoints.glob("step-*"), *checkpoints.glob("latest")]:
+            patterns = ("step-*", "superseded-*", "latest")
+            for entry in [e for pattern in patterns for e in checkpoints.glob(pattern)]:
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
         for file in (self.metrics, self.environment, self.recipe):
             file.unlink(missing_ok=True)
