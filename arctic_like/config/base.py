@@ -28,7 +28,6 @@ class Config(BaseModel):
         extra="forbid",
         frozen=True,
         validate_default=True,
-        use_attribute_docstrings=True,
         arbitrary_types_allowed=False,
         protected_namespaces=(),
         # most classes are imported as bases or defaults and never validate: 10 ms each
@@ -65,10 +64,15 @@ class Config(BaseModel):
     def __get_pydantic_json_schema__(
         cls, schema: CoreSchema, handler: GetJsonSchemaHandler
     ) -> dict[str, Any]:
-        """Aliases are keys in the schema too, and keys without an effect are marked."""
+        """Fields have their texts, aliases are keys too, and keys without an effect are marked."""
+        from arctic_like.config.docs import attribute_docs
+
         result = handler(schema)
         body = handler.resolve_ref_schema(result)
         properties = body.get("properties", {})
+        for key, text in attribute_docs(cls).items():
+            if key in properties:
+                properties[key] = {"description": text, **properties[key]}
         for key in cls.no_effect:
             properties[key] = {**properties[key], "deprecated": True}
         for alias, name in cls.aliases.items():

@@ -15,6 +15,7 @@ from pydantic.fields import FieldInfo
 
 from arctic_like import registry
 from arctic_like.config.base import Config
+from arctic_like.config.docs import attribute_docs
 from arctic_like.config.interval import Interval
 from arctic_like.config.shape import PLAIN, Shape, shapes
 from arctic_like.recipe.canonical import chosen
@@ -59,9 +60,11 @@ def _map(
     config: type[Config], stated: dict[str, Any], owners: tuple[type, ...], depth: int
 ) -> Iterator[str]:
     hidden = {*config.not_yet, *config.no_effect}
+    docs = attribute_docs(config)
     for name, field in config.model_fields.items():
         if name in hidden:
             continue
+        yield from _prose(docs.get(name, ""), "  " * depth)
         yield from _field(name, field, shapes(config)[name], stated, owners, depth)
         if depth == 0:
             yield ""
@@ -76,7 +79,6 @@ def _field(
     depth: int,
 ) -> Iterator[str]:
     indent = "  " * depth
-    yield from _prose(field.description or "", indent)
     default = field.get_default(call_default_factory=True)
     nested, inner = _nested(shape, stated.get(name), owners)
     if nested is not None and not (default is None and name not in stated):

@@ -3,7 +3,7 @@
 from fractions import Fraction
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
@@ -42,6 +42,7 @@ def test_time():
     assert interval.due(5, seconds_since_last=600.0)
 
 
+@settings(deadline=None)
 @given(st.fractions(min_value=Fraction(1, 100), max_value=50), st.integers(1, 60))
 def test_no_period_is_lost(every, steps_per_epoch):
     """Up to any step, as often due as whole periods fit (at most once a step)."""

@@ -3,6 +3,7 @@
 import pytest
 from pydantic import ValidationError
 
+from arctic_like.config.docs import attribute_docs
 from arctic_like.errors import RecipeError
 from arctic_like.trainer.config import TrainerConfig, resolve_batch
 
@@ -23,7 +24,7 @@ trackers callbacks
 def test_all_keys_are_declared_and_documented():
     fields = TrainerConfig.model_fields
     assert {*ARCTIC_TRAINING.split(), *OURS.split()} == fields.keys()
-    assert all(field.description for field in fields.values())
+    assert all(attribute_docs(TrainerConfig).get(key) for key in fields)
     for declared in (TrainerConfig.not_yet, TrainerConfig.no_effect):
         assert declared.keys() <= fields.keys()
 

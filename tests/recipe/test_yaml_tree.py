@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from arctic_like.errors import RecipeError
@@ -99,6 +99,7 @@ TREES = st.recursive(
 )
 
 
+@settings(deadline=None)
 @given(
     st.dictionaries(st.text(min_size=1, max_size=8).filter(lambda t: t != "<<"), TREES, max_size=4)
 )
