@@ -224,7 +224,7 @@ ASK = turns(("user", "q"), ("assistant", "a"))
             {"prompt": ASK, "completion": turns(("assistant", "b"))}, {},
             [*({**m, "train": False} for m in ASK), {"role": "assistant", "content": "b"}],
         ),
-        ({"question": "q", "answer": "a"}, {"role_mapping": {"user": "question", "assistant": "answer"}}, ASK),
+        ({"ask": "q", "say": "a"}, {"role_mapping": {"user": "ask", "assistant": "say"}}, ASK),
         (
             {"s": "be", "q": "q", "a": "a"},
             {"role_mapping": {"user": "q", "assistant": "a", "system": "s"}},
@@ -244,7 +244,8 @@ ASK = turns(("user", "q"), ("assistant", "a"))
                 {"from": "gpt", "value": "a"}, {"from": "gpt", "value": "b"},
                 {"from": "human", "value": "r"}, {"from": "gpt", "value": "c"},
             ]},
-            {"role_mapping": {"user": "conversations.from.human", "assistant": "conversations.from.gpt"}},
+            {"role_mapping": {"user": "conversations.from.human",
+                              "assistant": "conversations.from.gpt"}},
             turns(("system", "be"), ("user", "q"), ("assistant", "a"), ("assistant", "b"),
                   ("user", "r"), ("assistant", "c")),
         ),
