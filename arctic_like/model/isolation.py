@@ -30,6 +30,8 @@ _RECURRENT = "its recurrent layers carry their state over the border"
 _CONVOLUTION = "its convolutions reach over the border"
 _OWN_MASK = "its attention mask does not follow the position ids that tell documents apart"
 
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+
 _REASONS: dict[str, str] = {
     **dict.fromkeys(
         ("bamba", "falcon_h1", "falcon_mamba", "granitemoehybrid", "jamba", "mamba", "mamba2",
@@ -119,11 +121,8 @@ def check_isolation(model: nn.Module, *, vocab_size: int, device: str, rows: int
     device and lets ZeRO-3 gather in the forward. Modes and random generators stay as they were.
     Raises RecipeError naming the model type.
     """
-    import torch
-
     leak = _leak(model, vocab_size=vocab_size, device=device, rows=rows)
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    if leak > (1e-3 if dtype == torch.float32 else 5e-2):
+    if leak > _rounding(model):
         config = getattr(model, "config", None)
         kind = getattr(config, "model_type", type(model).__name__)
         attention = getattr(config, "_attn_implementation", "") or "its"
@@ -134,6 +133,22 @@ def check_isolation(model: nn.Module, *, vocab_size: int, device: str, rows: int
                 hint="set it to false, or set model.attn_implementation to sdpa",
             )
         )
+
+
+def _rounding(model: nn.Module) -> float:
+    """How large `_leak` may be for reasons of rounding alone.
+
+    A masked key weighs exactly nothing, so mostly it is 0. Experts get other numbers of tokens when
+    A changes, hence other matrix shapes. Measured: 1e-7 in fp32; a convolution at random weights
+    leaks 7e-4.
+    """
+    import torch
+
+    config = getattr(model, "config", None)
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    if dtype == torch.float32:
+        return 1e-5
+    return 2e-2 if any(getattr(config, key, None) for key in _EXPERTS) else 1e-3
 
 
 def _leak(model: nn.Module, *, vocab_size: int, device: str, rows: int) -> float:

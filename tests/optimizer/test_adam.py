@@ -146,7 +146,7 @@ def test_adamw_gives_the_same_numbers_wherever_a_tensor_is_cut() -> None:
     ],
 )
 def test_refused_where_it_cannot_run(factory: Any, config: Any, device: str, offload: bool) -> None:
-    with pytest.raises(RecipeError, match="optimizer.type") as caught:
+    with pytest.raises(RecipeError, match=r"optimizer\.type") as caught:
         factory(config).build(model=Net(), device=device, offload=offload)
     assert "adamw" in str(caught.value)
 
