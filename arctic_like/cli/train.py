@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,7 +21,8 @@ class Words(click.Command):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Keep all words; only a help option by itself is ours."""
         if any(word in ("-h", "--help") for word in args):
-            click.echo(ctx.find_root().get_help())
+            # training has no verb: its help is the command's
+            click.echo((ctx.find_root() if self.name == "train" else ctx).get_help())
             ctx.exit(0)
         ctx.params = {"words": list(args)}
         return []
@@ -68,12 +68,22 @@ def train(words: list[str]) -> int:
     output_dir = default_output_dir(recipe)
     resumes = recipe.config.auto_resume and not recipe.config.overwrite
     RunDirectory(output_dir).check(resume=resumes, overwrite=recipe.config.overwrite)
-    return _launch(recipe, line, output_dir, resume="auto" if resumes else "")
+    return _launch(recipe, line, output_dir, resume="auto" if resumes else "", words=words)
 
 
-@click.command(cls=Words, name="resume")
+@click.command(
+    cls=Words,
+    name="resume",
+    options_metavar="RUN_DIR [key=value …] [--step N] [launcher options]",
+    context_settings={"max_content_width": 80},
+)
 def resume(words: list[str]) -> int:
-    """Go on with the run in a directory: RUN_DIR [key=value …] [--step N] [launcher options]."""
+    """Go on with the run in a directory, from its newest complete checkpoint.
+
+    --step N goes on from another one. Overrides change the saved recipe; what would make
+    the result meaningless is refused.
+    """
+    spoken = ["resume", *words]
     if not words or words[0].startswith("-"):
         raise click.UsageError("name a run directory: arctic-train resume RUN_DIR [--step N]")
     words, step = _take_step(words)
@@ -83,7 +93,8 @@ def resume(words: list[str]) -> int:
         raise RecipeError(_no_run(folder))
     recipe = _load(folder / "recipe.yaml", line.overrides)
     _check_before_launch(recipe)
-    return _launch(recipe, line, folder, resume="latest" if step is None else f"step-{step}")
+    chosen = "latest" if step is None else f"step-{step}"
+    return _launch(recipe, line, folder, resume=chosen, words=spoken)
 
 
 def _load(path: str | Path, overrides: list[str]) -> Recipe:
@@ -93,7 +104,9 @@ def _load(path: str | Path, overrides: list[str]) -> Recipe:
         return load_recipe(path, overrides)
 
 
-def _launch(recipe: Recipe, line: CommandLine, output_dir: Path, *, resume: str) -> int:
+def _launch(
+    recipe: Recipe, line: CommandLine, output_dir: Path, *, resume: str, words: list[str]
+) -> int:
     from arctic_like.cli.launch import launch
 
     return launch(
@@ -102,7 +115,7 @@ def _launch(recipe: Recipe, line: CommandLine, output_dir: Path, *, resume: str)
         launcher_options=line.launcher_options,
         output_dir=output_dir,
         resume=resume,
-        argv=["arctic-train", *sys.argv[1:]],
+        argv=["arctic-train", *words],
     )
 
 

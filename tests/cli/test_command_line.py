@@ -141,6 +141,7 @@ def test_a_run_is_launched_with_everything_that_was_said(folder, launched):
     assert call["recipe"].config.seed == 3
     assert call["overrides"] == ["seed=3", "optimizer.lr=1e-4"]
     assert call["launcher_options"] == ["--num_gpus", "2", "--master_port=29501"]
+    assert call["argv"] == ["arctic-train", *words]
     assert call["resume"] == ""
     assert call["output_dir"].parent == Path("runs")
     assert call["output_dir"].name.startswith("good-2")
@@ -173,6 +174,7 @@ def test_resume(folder, launched):
     assert main(["resume", "runs/good-1", "--num_gpus", "2", "--step=3"]) == 7
     assert [call["resume"] for call in launched] == ["latest", "step-12", "step-3"]
     assert launched[1]["overrides"] == ["epochs=2"]
+    assert launched[0]["argv"] == ["arctic-train", "resume", "runs/good-1"]
     assert launched[1]["launcher_options"] == launched[2]["launcher_options"] == ["--num_gpus", "2"]
     assert {call["output_dir"] for call in launched} == {Path("runs/good-1")}
     assert launched[0]["recipe"].name == "good-1"
@@ -200,6 +202,8 @@ def test_help_version_list_init_schema(folder, capsys):
     assert all(len(line) <= 80 for line in help_text.splitlines())
     assert main(["good.yaml", "--help"]) == 0
     assert capsys.readouterr().out == help_text
+    assert main(["resume", "--help"]) == 0
+    assert "RUN_DIR [key=value …] [--step N]" in capsys.readouterr().out
     assert main(["--version"]) == 0
     assert capsys.readouterr().out.startswith("arctic-train 0")
     assert main(["list"]) == 0
