@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
@@ -25,6 +25,7 @@ from arctic_like.config.values import (
     RecipePath,
     UnnamedToo,
 )
+from arctic_like.errors import Problem
 from arctic_like.registry import Part
 from arctic_like.registry.choice import Choice
 
@@ -228,6 +229,15 @@ class DataSource(Part, family="source"):
     config_type = SourceConfig
     config: SourceConfig
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if not issubclass(cls.config_type, SourceConfig):
+            raise TypeError(f"{cls.__qualname__}.config_type must be a SourceConfig class")
+
+    def problems(self) -> list[Problem]:
+        """What is wrong and can be seen at once, without reading: places below the source's own."""
+        return []
+
     def rows(self) -> Iterator[Row]:
         """Every row with its place, in an order that never changes. Sampling is not its
         business."""
@@ -293,6 +303,17 @@ class DataFactory(Part, family="data"):
 
     config_type = DataConfig
     config: DataConfig
+
+    def problems(self) -> list[Problem]:
+        """What is wrong and can be seen at once, before anything is imported or read."""
+        listed = {"sources": self.config.sources}
+        listed |= {f"eval_sources.{name}": one for name, one in self.config.eval_sources.items()}
+        return [
+            replace(problem, place=f"data.{path}.{number}.{problem.place}")
+            for path, sources in listed.items()
+            for number, source in enumerate(sources)
+            for problem in make_source(source).problems()
+        ]
 
     def build(
         self,

@@ -11,6 +11,7 @@ to one node, several nodes may prepare the same entry; each writes aside, and th
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -26,6 +27,7 @@ from arctic_like.errors import WRONG, ArcticError, RecipeError, RunError
 
 MARKER = "complete.json"
 ENVIRONMENT = "ARCTIC_LIKE_CACHE"
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 _POLL_SECONDS = 0.2
 _TELL_SECONDS = 60.0
 
@@ -112,6 +114,8 @@ def _prepare(entry: Path, prepare: Callable[[Path], dict[str, Any]]) -> None:
     aside.mkdir()
     try:
         content = prepare(aside)
+        for path in aside.iterdir():
+            _sync(path)
         _write(aside / MARKER, content)
         try:
             aside.rename(entry)
@@ -159,7 +163,12 @@ def _lock(entry: Path) -> Iterator[Callable[[], bool]]:
             nonlocal told
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+            except OSError as error:
+                if error.errno in _NO_LOCKS:
+                    logger.warning(f"{entry.parent} has no file locks: several may prepare at once")
+                    return True
+                if error.errno not in (errno.EAGAIN, errno.EACCES):
+                    raise
                 if time.monotonic() - told > _TELL_SECONDS:
                     told = time.monotonic()
                     file.seek(0)
@@ -195,6 +204,11 @@ def _lives(pid: int) -> bool:
 
 def _beside(entry: Path, suffix: str) -> Path:
     return entry.with_name(entry.name + suffix)
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:

@@ -255,29 +255,33 @@ class CausalDataFactory(TokenDataFactory):
 
 
 class DPODataFactory(DataFactory):
-    """Preferences. The recipe's keys are known; preparing them comes with the preference
-    trainer."""
+    """Preferences. The recipe's keys are known; preparing them comes with the preference trainer."""
 
     name = "dpo"
     config_type = DPODataConfig
 
-    def build(self, **values: Any) -> PreparedData:
-        raise RecipeError(
+    def problems(self) -> list[Problem]:
+        return [
             Problem(
                 "is 'dpo': preference data comes with the preference trainer, not built yet",
                 place="data.type",
                 hint="train with type: sft or type: causal",
             )
-        )
+        ]
+
+    def build(self, **values: Any) -> PreparedData:
+        raise RecipeError(self.problems())
 
 
 def _for_evaluation(source: SourceConfig) -> SourceConfig:
     """A source of an evaluation set: its split is `eval` unless it says otherwise."""
-    from arctic_like.data.sources import named_part
+    from arctic_like.data.sources import stated_part
 
-    if source.split or not source.name_or_path or named_part(source)[1].split:
+    name, part = stated_part(source)
+    if part.split:
         return source
-    changed: SourceConfig = source.replace(split="eval")
+    bounds = f"[{part.start}:{part.stop}]" if part.start or part.stop else ""
+    changed: SourceConfig = source.replace(name_or_path=name, split=f"eval{bounds}")
     return changed
 
 

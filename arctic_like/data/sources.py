@@ -51,14 +51,29 @@ class Stretch:
         return range(total)[bound(self.start) : bound(self.stop)]
 
 
-def named_part(config: SourceConfig) -> tuple[str, Stretch]:
-    """(name or path, part): `name:split[:n]` taken apart, the recipe's names of splits replaced."""
+def stated_part(config: SourceConfig) -> tuple[str, Stretch]:
+    """(name or path, part) as the recipe states them: `name:split[:n]` taken apart.
+
+    Raises RecipeError where the name and `split` both state a split.
+    """
     name, split = config.name_or_path, config.split
     match = _SPLIT.fullmatch(name)
-    if match is not None and not Path(name).exists():
-        name = match["name"]
-        split = split or match["split"]
-    part = Stretch.parse(split)
+    if match is None or Path(name).exists():
+        return name, Stretch.parse(split)
+    if split and split != match["split"]:
+        raise RecipeError(
+            Problem(
+                f"is {split!r}, but name_or_path says {match['split']!r}",
+                place="split",
+                hint="keep one of them",
+            )
+        )
+    return match["name"], Stretch.parse(match["split"])
+
+
+def named_part(config: SourceConfig) -> tuple[str, Stretch]:
+    """`stated_part` with the recipe's names of splits (`split_mapping`) replaced."""
+    name, part = stated_part(config)
     mapped = config.split_mapping.get(part.split or "train", part.split)
     return name, Stretch(mapped, part.start, part.stop)
 
@@ -73,6 +88,22 @@ class HFSource(DataSource):
 
     hub: ClassVar[bool] = True
     """Whether a name that is no path here may be looked up on the Hub."""
+
+    def problems(self) -> list[Problem]:
+        """A path that is not there. Names on the Hub are looked up only when the data is prepared."""
+        name = stated_part(self.config)[0]
+        if not name:
+            return [
+                Problem("is needed", place="name_or_path", hint="name a file or a Hub data set")
+            ]
+        there = glob.glob(name, recursive=True) if glob.has_magic(name) else Path(name).exists()
+        if there or (self.hub and not _looks_local(name)):
+            return []
+        return [
+            Problem(
+                f"is {name!r}, which does not exist", place="name_or_path", hint="check the path"
+            )
+        ]
 
     def rows(self) -> Iterator[Row]:
         name, part = named_part(self.config)
@@ -124,7 +155,7 @@ class HFSource(DataSource):
         try:
             if _is_saved(folder):
                 table = datasets.load_from_disk(str(folder), **self.config.kwargs)
-            elif not self.hub or folder.exists() or not name:
+            elif not self.hub or folder.exists() or not name or _looks_local(name):
                 raise _no_such_data(name, hub=False)
             else:
                 table = datasets.load_dataset(name, **self.config.kwargs)
@@ -173,6 +204,14 @@ def local_files(name: str, split: str = "") -> list[Path]:
         matches = sorted(Path(file) for file in glob.glob(str(path), recursive=True))
         return [file for file in matches if file.is_file()]
     return []
+
+
+def _looks_local(name: str) -> bool:
+    """Whether a name can only be a path, so that it is not looked up on the Hub."""
+    from arctic_like.data.readers import reader_of
+
+    start = name.startswith(("/", "./", "../", "~"))
+    return start or glob.has_magic(name) or reader_of(Path(name)) is not None
 
 
 def _is_saved(folder: Path) -> bool:

@@ -346,6 +346,22 @@ def test_pad_to_max_length(folder, tokenizer):
     assert data.collate([data.train[0]])["labels"].shape == (1, 64)
 
 
+def test_problems_are_placed(folder):
+    config = SFTDataFactory.config_type.model_validate(
+        {"sources": [str(folder / "train.jsonl"), "gone.jsonl"], "eval_sources": {"held": "./gone"}}
+    )
+    places = [problem.place for problem in SFTDataFactory(config).problems()]
+    assert places == ["data.sources.1.name_or_path", "data.eval_sources.held.0.name_or_path"]
+
+
+def test_evaluation_keeps_a_slice_and_a_mapping(folder, tokenizer):
+    path = str(folder / "train.jsonl")
+    mapping = {"train": "train_sft", "eval": "test_sft"}
+    sources = [{"name_or_path": f"{path}:[:3]", "split_mapping": mapping}]
+    data = prepared(folder, tokenizer, eval_sources=sources, pack_samples=False)
+    assert len(data.evaluation["eval"]) == 3
+
+
 def test_dpo_comes_later(folder, tokenizer):
     config = DPODataFactory.config_type.model_validate({"max_prompt_length": "2Ki"})
     assert config.max_prompt_length == 2048

@@ -143,6 +143,30 @@ def test_sampling(files):
         drawn(sample_count=11)
 
 
+def test_a_split_is_named_once(files):
+    with pytest.raises(RecipeError, match=r"split: is 'test', but name_or_path says 'train'"):
+        texts(source(f"{files / 'a.jsonl'}:train", split="test"))
+
+
+def test_paths_that_are_not_there_are_seen_at_once(files):
+    for name in ("/none/x", "x.jsonl", "./x", "x-*.parquet", ""):
+        (problem,) = source(name).problems()
+        assert problem.place == "name_or_path"
+    assert not source("owner/name").problems()
+    assert not source(f"{files / 'a.jsonl'}:train[:3]").problems()
+    assert source("owner/name", type="file").problems()
+
+
+def test_a_source_takes_a_source_config():
+    from arctic_like.config.base import PartConfig
+
+    with pytest.raises(TypeError, match="must be a SourceConfig"):
+
+        class Wrong(DataSource):
+            name = "wrong-for-tests"
+            config_type = PartConfig
+
+
 def test_content_key_is_of_the_content(files):
     before = source(files / "a.jsonl").content_key()
     assert source(files / "a.jsonl").content_key() == before
@@ -194,11 +218,16 @@ def test_broken_files(tmp_path, name):
         list(source(tmp_path / name).rows())
 
 
-def test_missing_file(tmp_path):
+def test_missing_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "datasets.load_dataset", lambda *a, **k: (_ for _ in ()).throw(OSError("offline"))
+    )
+    with pytest.raises(RecipeError, match="is not a file here"):
+        list(source(tmp_path / "none.jsonl").rows())
     with pytest.raises(RecipeError, match="is not a file here"):
         list(source(tmp_path / "none.jsonl", type="file").rows())
-    with pytest.raises(RecipeError, match="neither a file here nor"):
-        list(source(tmp_path / "none.jsonl").rows())
+    with pytest.raises(RecipeError, match=r"neither a file here nor .*\(offline\)"):
+        list(source("no-such-owner-for-tests/none").rows())
 
 
 def config(**more):
