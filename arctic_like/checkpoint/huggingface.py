@@ -119,6 +119,9 @@ def _prepare(
         )
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
+        replaced = directory.with_name(directory.name + REPLACED)
+        if replaced.exists() and not directory.exists():
+            replaced.rename(directory)  # killed between the two renames of `_publish`
         if refused := check_space(directory.parent, needed):
             return CheckpointError(refused)
         shutil.rmtree(partial, ignore_errors=True)

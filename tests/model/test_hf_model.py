@@ -11,6 +11,8 @@ from pydantic import ValidationError
 
 from arctic_like.errors import RecipeError
 from arctic_like.model.huggingface import HFModelConfig, HFModelFactory
+from arctic_like.model.liger import LigerModelConfig, LigerModelFactory
+from arctic_like.world import World
 from tests.model.shapes import GPT2, LLAMA, TIED, byte_tokenizer, make
 
 
@@ -124,6 +126,15 @@ def test_facts_of_random_weights() -> None:
 def test_refused(config: dict[str, Any], sentence: str) -> None:
     with pytest.raises(RecipeError, match=sentence):
         make(**({"shape": config.pop("config")} if "config" in config else {}), **config)
+
+
+def test_liger_says_what_it_needs() -> None:
+    factory = LigerModelFactory(LigerModelConfig(config=LLAMA))
+    arguments = {"tokenizer": byte_tokenizer(), "seed": 0, "zero_stage": 0, "ds_config": {}}
+    with pytest.raises(RecipeError, match="needs a CUDA device"):
+        factory.build(world=World(), device="cpu", **arguments)
+    with pytest.raises(RecipeError, match="pip install liger-kernel"):
+        factory.build(world=World(device="cuda:0"), device="cuda:0", **arguments)
 
 
 @pytest.mark.parametrize(
