@@ -168,7 +168,7 @@ def _decide(recipe: Recipe, directory: RunDirectory, resume: str) -> Path | None
         chosen = complete[-1]
     else:
         if directory.holds_run():
-            directory.clear()
+            directory.clear(folder)
         return None
     supersede_after(chosen)
     return chosen

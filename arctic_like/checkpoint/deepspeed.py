@@ -131,7 +131,8 @@ def tag_of(learner: str) -> str:
 
 def needs_conversion(run_state: dict[str, Any], *, world_size: int, zero_stage: int) -> bool:
     """Whether a saved state loads here only through the universal form (stage 0 is whole anyway)."""
-    return zero_stage > 0 and run_state["world_size"] != world_size
+    same = run_state["world_size"] == world_size and run_state["zero_stage"] == zero_stage
+    return zero_stage > 0 and not same
 
 
 def _load_converted(

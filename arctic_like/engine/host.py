@@ -5,6 +5,10 @@ Nothing here waits for the device. One process needs no group and costs nothing.
 
 from __future__ import annotations
 
+import contextlib
+import io
+import contextlib
+import io
 import os
 import socket
 from collections.abc import Sequence
@@ -35,14 +39,22 @@ def connect(world: World) -> HostGroup:
     if not dist.is_initialized():
         import deepspeed
 
-        for key, value in (("RANK", world.rank), ("WORLD_SIZE", world.size),
-                           ("LOCAL_RANK", world.local_rank), ("MASTER_ADDR", "127.0.0.1")):
+        for key, value in (
+            ("RANK", world.rank),
+            ("WORLD_SIZE", world.size),
+            ("LOCAL_RANK", world.local_rank),
+            ("MASTER_ADDR", "127.0.0.1"),
+        ):
             os.environ.setdefault(key, str(value))
         os.environ.setdefault("MASTER_PORT", str(free_port()))
         backend = "nccl" if world.device.startswith("cuda") else "gloo"
-        deepspeed.init_distributed(
-            dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=PATIENCE,
-        )
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints which op it built
+            deepspeed.init_distributed(
+                dist_backend=backend,
+                auto_mpi_discovery=False,
+                verbose=False,
+                timeout=PATIENCE,
+            )
     return HostGroup(world)
 
 

@@ -19,6 +19,7 @@ from arctic_like.errors import Problem, RecipeError
 from arctic_like.registry import build
 from arctic_like.run_info import RunInfo, supply
 from arctic_like.trainer.config import resolve_batch
+from arctic_like.trainer.continuity import check_continuity, check_samples
 from arctic_like.trainer.ledger import Ledger
 from arctic_like.world import World
 
@@ -111,6 +112,8 @@ def assemble(trainer: Trainer, session: Session) -> Equipment:
 
     config, world = trainer.config, session.world
     resumed = saved_state(session.resume) if session.resume else None
+    if resumed:
+        _say_changes(config, session, resumed)
     callbacks = CallbackList(
         [build(c, "callback") for c in config.callbacks], is_main=world.is_main
     )
@@ -132,6 +135,8 @@ def assemble(trainer: Trainer, session: Session) -> Equipment:
     with notice.part("data"):
         data = prepare_data(config, info, tokenizer, session, facts)
     plan, loader = _loader(config, info, data)
+    if resumed:
+        check_samples(resumed, samples=plan.size, allow=config.allow_changes)
     total, warmup = _horizon(config, plan, data)
     info = replace(
         info, steps_per_epoch=plan.batches_per_epoch, training_horizon=total, warmup_steps=warmup,
@@ -179,6 +184,16 @@ def prepare_data(
     if data.report:
         logger.info(data.report)
     return data  # type: ignore[no-any-return]
+
+
+def _say_changes(config: Any, session: Session, resumed: dict[str, Any]) -> None:
+    """Log what the recipe says otherwise than at the checkpoint; RecipeError for what may not differ."""
+    from loguru import logger
+
+    for sentence in check_continuity(
+        resumed, session.recipe.resolved, allow=config.allow_changes
+    ):
+        logger.info(f"changed since the checkpoint: {sentence}")
 
 
 def _batch_sizes(config: Any, world: World, resumed: dict[str, Any] | None) -> dict[str, Any]:

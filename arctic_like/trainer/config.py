@@ -110,6 +110,9 @@ class TrainerConfig(PartConfig):
     overwrite: bool = False
     """Start anew where `output_dir` holds a run already."""
 
+    allow_changes: bool = False
+    """Resume even though what is trained, or what it is trained on, has changed since the checkpoint."""
+
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train; `auto` is CUDA where there is such a device."""
 

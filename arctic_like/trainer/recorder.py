@@ -48,7 +48,7 @@ class Recorder:
         for tracker in self.trackers:
             tracker.start(
                 run_name=self._session.directory.path.name,
-                recipe=self._session.recipe.config.model_dump(mode="json"),
+                recipe=dict(self._session.recipe.resolved),  # environment references unexpanded
                 output_dir=self._session.directory.path,
                 total_steps=self._info.training_horizon,
                 state=states.get(tracker.name, {}),

@@ -97,7 +97,7 @@ class Saver:
             "total_steps": equipment.total_steps,
             "metrics": equipment.recorder.sync(trainer.global_step),
             "last": trainer.last_values(),
-            "recipe": session.recipe.config.model_dump(mode="json"),
+            "recipe": dict(session.recipe.resolved),
         }
         rank_state = {
             "random": random_state(),

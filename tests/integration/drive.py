@@ -29,18 +29,23 @@ def main() -> None:
     is_main = os.environ.get("RANK", "0") == "0"
     for job in json.loads(listing.read_text()):
         facts: dict[str, Any] = {}
-        kept: list[Any] = []
 
-        def inspect(trainer: Any, facts: dict[str, Any] = facts, kept: list[Any] = kept) -> None:
+        def inspect(trainer: Any, facts: dict[str, Any] = facts) -> None:
             facts["initial"] = weights_digest(trainer.module)
-            kept.append(trainer)
-            teardown = trainer.teardown
+            seen: list[list[int]] = []
+            step, teardown = trainer.step, trainer.teardown
+
+            def watched(micro_batches: Any) -> None:
+                seen.append([i for m in micro_batches if m.scale for i in m.samples])
+                step(micro_batches)
 
             def last(*arguments: Any) -> None:
                 facts["final"] = weights_digest(trainer.module)
+                ranks = trainer.session.host.gather(seen)
+                facts["samples"] = [sorted(sum(parts, [])) for parts in zip(*ranks, strict=True)]
                 teardown(*arguments)
 
-            trainer.teardown = last
+            trainer.step, trainer.teardown = watched, last
 
         result = execute(
             load_recipe(job["recipe"], job.get("overrides", [])),

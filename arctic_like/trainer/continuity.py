@@ -1,0 +1,109 @@
+"""What changed in the recipe since the checkpoint that a run goes on from, and whether that may be.
+
+A change of what is trained, or of what it is trained on, would make the rest of the run mean something
+else: it is refused unless the recipe says `allow_changes: true`. Everything else is said and done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from arctic_like.errors import Problem, RecipeError
+
+REFUSED = (
+    "type", "seed", "model", "ref_model", "tokenizer", "data", "optimizer.type",
+    "deepspeed.zero_optimization.stage", "overfit_first_batch",
+)  # fmt: skip
+HARMLESS = (
+    "data.cache_dir", "data.num_proc", "data.dl_num_workers", "data.eval_sources",
+    "data.fail_on_missing_cache", "data.use_data_cache", "data.cache_processed_data",
+    "model.attn_implementation", "model.disable_activation_checkpoint", "model.save_name",
+)  # fmt: skip
+UNSAID = (
+    "output_dir", "overwrite", "allow_changes", "code", "logger", "device", "extends",
+    "exit_iteration", "exit_iteration_this_run",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Change:
+    """One key whose stated value differs; `ABSENT` stands for not stated."""
+
+    place: str
+    before: Any
+    after: Any
+
+    def __str__(self) -> str:
+        return f"{self.place}: {_shown(self.before)} → {_shown(self.after)}"
+
+
+ABSENT = object()
+
+
+def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Change]:
+    """The keys that differ between two recipes as stated, in order; `UNSAID` ones left out."""
+    old, new = dict(_leaves(before)), dict(_leaves(after))
+    places = [*old, *(place for place in new if place not in old)]
+    return [
+        Change(place, old.get(place, ABSENT), new.get(place, ABSENT))
+        for place in places
+        if old.get(place, ABSENT) != new.get(place, ABSENT) and not _within(place, UNSAID)
+    ]
+
+
+def refused(found: list[Change]) -> list[Problem]:
+    """Those changes that would make the result meaningless."""
+    return [
+        Problem(
+            f"was {_shown(change.before)} when the checkpoint was saved and is {_shown(change.after)} now",
+            place=change.place,
+            hint="put it back, start a new run in another output_dir, or set allow_changes: true",
+        )
+        for change in found
+        if _within(change.place, REFUSED) and not _within(change.place, HARMLESS)
+    ]
+
+
+def check_continuity(saved: Mapping[str, Any], resolved: Mapping[str, Any], *, allow: bool) -> list[str]:
+    """Sentences on what changed, for the log. Raises RecipeError for what may not change."""
+    found = changes(saved["recipe"], resolved)
+    problems = refused(found)
+    if problems and not allow:
+        raise RecipeError(problems)
+    return [str(change) for change in found]
+
+
+def check_samples(saved: Mapping[str, Any], *, samples: int, allow: bool) -> None:
+    """Raise RecipeError if the training set is not the one whose order the run was following."""
+    if saved["samples"] != samples and not allow:
+        raise RecipeError(
+            Problem(
+                f"had {saved['samples']} samples when the checkpoint was saved and has {samples} now: "
+                "the files behind it changed, and the run's place in them is lost",
+                place="data.sources",
+                hint="put the files back, start a new run in another output_dir, "
+                "or set allow_changes: true",
+            )
+        )
+
+
+def _within(place: str, prefixes: tuple[str, ...]) -> bool:
+    return any(place == prefix or place.startswith(prefix + ".") for prefix in prefixes)
+
+
+def _leaves(value: Any, place: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted place and value of everything that is no map; an entry of a list by its number."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _leaves(inner, f"{place}.{key}" if place else str(key))
+    elif isinstance(value, list):
+        for number, inner in enumerate(value):
+            yield from _leaves(inner, f"{place}.{number}")
+    else:
+        yield place, value
+
+
+def _shown(value: Any) -> str:
+    return "not stated" if value is ABSENT else repr(value)
