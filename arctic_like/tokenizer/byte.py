@@ -2,8 +2,8 @@
 
 Token i < 256 is the byte i; the special tokens follow. It is a plain fast tokenizer of the
 `tokenizers` library (byte-level BPE without merges), so `AutoTokenizer.from_pretrained` reads what
-was saved. Beside a model of a few types (`qwen2` among them) transformers 5.23 puts the own
-tokenizer class of that type in place of the saved one; `TokenizersBackend.from_pretrained` does not.
+was saved. Beside a model of a few types (`qwen2` among them) transformers 5.23 puts that type's
+class in place of the saved one; `TokenizersBackend.from_pretrained` keeps to it.
 """
 
 from __future__ import annotations
