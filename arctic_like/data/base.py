@@ -197,7 +197,8 @@ class DataConfig(PartConfig):
     @field_validator("eval_sources", mode="before")
     @classmethod
     def _sets_are_named(cls, value: Any) -> Any:
-        if isinstance(value, dict) and value.keys() & SourceConfig.model_fields.keys():
+        one = isinstance(value, dict) and value.keys() & SourceConfig.model_fields.keys()
+        if one or isinstance(value, str):
             raise wrong("is one source; expected is a list", hint="put `- ` before the source")
         return value
 
