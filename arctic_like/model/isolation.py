@@ -67,8 +67,11 @@ def described(config: ModelConfig) -> dict[str, Any]:
     shape = getattr(config, "config", None)
     if shape is not None:
         return dict(shape)
+    name = getattr(config, "name_or_path", "")
+    if not name:
+        return {}
     try:
-        content = json.loads((Path(config.name_or_path) / "config.json").read_text())
+        content = json.loads((Path(name) / "config.json").read_text())
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
@@ -110,6 +113,14 @@ def _accepted(forward: Callable[..., Any]) -> frozenset[str] | None:
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
         return None
     return frozenset(parameters)
+
+
+def packing_refusal(config: ModelConfig) -> str | None:
+    """Why a recipe that packs documents cannot train this model, as a sentence; None if it may."""
+    shape = described(config)
+    kind = shape.get("model_type")
+    reason = cannot_isolate(kind, shape) if isinstance(kind, str) else None
+    return f"{kind} cannot keep packed documents apart: {reason}" if reason else None
 
 
 def check_isolation(model: nn.Module, *, vocab_size: int, device: str, rows: int = 2) -> None:

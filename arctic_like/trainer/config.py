@@ -273,6 +273,15 @@ class TrainerConfig(PartConfig):
             )
         return self
 
+    @model_validator(mode="after")
+    def _packable(self) -> TrainerConfig:
+        if getattr(self.data, "pack_samples", False):
+            from arctic_like.model.isolation import packing_refusal
+
+            if reason := packing_refusal(self.model):  # type: ignore[arg-type]
+                raise wrong(f"is true, but {reason}", place="data.pack_samples", hint="set it to false")
+        return self
+
     def resolve_batch(self, world_size: int) -> Batch:
         """How a global batch is made up on `world_size` ranks.
 

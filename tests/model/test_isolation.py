@@ -17,6 +17,7 @@ from arctic_like.model.isolation import (
     check_isolation,
     described,
     packed_inputs,
+    packing_refusal,
 )
 from tests.model.shapes import GPT2, LLAMA, MAMBA, MIXTRAL, make
 
@@ -109,6 +110,12 @@ def test_arguments_that_a_model_does_not_take_are_left_out() -> None:
 
     ids = torch.zeros(1, 2, dtype=torch.int64)
     assert set(packed_inputs(Plain(), ids, ids)) == {"input_ids"}
+
+
+def test_refusal_of_a_recipe() -> None:
+    assert packing_refusal(HFModelConfig(config=LLAMA)) is None
+    assert packing_refusal(HFModelConfig(name_or_path="some/hub-name")) is None
+    assert "state-space" in str(packing_refusal(HFModelConfig(config=MAMBA)))
 
 
 def test_described(tmp_path: Path) -> None:
