@@ -9,6 +9,7 @@ import sys
 import traceback
 from pathlib import Path
 
+from arctic_like import registry
 from arctic_like.errors import Problem, RecipeError
 
 DEFAULT = "train.py"
@@ -50,11 +51,11 @@ def import_code(path: Path) -> None:
     try:
         # compiled here, not by the loader: no __pycache__ is written beside the recipe
         exec(compile(source, str(path), "exec"), module.__dict__)
-    except RecipeError:
-        sys.modules.pop(name, None)
-        raise
     except (Exception, SystemExit) as error:
         sys.modules.pop(name, None)
+        registry.forget(name)
+        if isinstance(error, RecipeError):
+            raise
         raise RecipeError(_explain(error, path)) from error
 
 

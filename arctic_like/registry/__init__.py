@@ -19,7 +19,7 @@ from collections.abc import Iterable
 from typing import Any, ClassVar, TypeVar
 
 from arctic_like.config.base import PartConfig
-from arctic_like.registry.index import BUILT_IN, COMING
+from arctic_like.registry.index import BUILT_IN
 
 _members: dict[str, dict[str, type[Part]]] = {}
 _families: dict[str, type[Part]] = {}
@@ -41,6 +41,9 @@ class Part:
             _families[family] = cls
             _members.setdefault(family, {})
         elif "name" in cls.__dict__:
+            from arctic_like.registry.factory_types import check_factory_types
+
+            check_factory_types(cls)  # first: a class that is refused must not stay in its family
             register(cls)
 
     def __init__(self, config: Any) -> None:
@@ -74,6 +77,15 @@ def register(cls: type[Part]) -> None:
             f"give {home.replace(':', '.')} another name"
         )
     members[cls.name] = cls
+
+
+def forget(module: str) -> None:
+    """Take out what a module registered that could not be imported to its end."""
+    for members in _members.values():
+        for name in [name for name, cls in members.items() if cls.__module__ == module]:
+            del members[name]
+    for family in [family for family, cls in _families.items() if cls.__module__ == module]:
+        del _families[family], _members[family]
 
 
 def names(family: str) -> list[str]:
@@ -132,10 +144,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def unknown(family: str, name: str) -> str:
-    """The way out where `lookup` finds nothing: the nearest name, the known ones, or what is to
-    come."""
-    if name in COMING.get(family, {}):
-        return COMING[family][name]
+    """The way out where `lookup` finds nothing: the nearest name, and the known ones."""
     known = names(family)
     near = nearest(name, known)
     return (f"did you mean {near!r}? " if near else "") + f"known: {', '.join(known) or 'none'}"

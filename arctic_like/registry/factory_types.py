@@ -16,7 +16,6 @@ from __future__ import annotations
 from typing import Any
 
 from arctic_like import registry
-from arctic_like.registry.index import COMING
 
 _SUFFIXES = ("_factory_type", "_engine_type", "_type")
 
@@ -45,11 +44,8 @@ def accepts(listed: tuple[str | type[registry.Part], ...], part: type[registry.P
         return True
     if part.name in listed:
         return True
-    coming = COMING.get(part.family, {})
     bases = (
-        registry.lookup(part.family, entry) if isinstance(entry, str) else entry
-        for entry in listed
-        if entry not in coming
+        registry.lookup(part.family, entry) if isinstance(entry, str) else entry for entry in listed
     )
     return any(issubclass(part, base) for base in bases)
 
@@ -59,8 +55,6 @@ def names_of(listed: tuple[str | type[registry.Part], ...], family: str) -> list
     found: list[str] = []
     for entry in listed:
         name = entry if isinstance(entry, str) else entry.name
-        if name in COMING.get(family, {}):
-            continue
         found += [name] if name else registry.names(family)
     return list(dict.fromkeys(found))
 
@@ -84,7 +78,7 @@ def check_factory_types(cls: type) -> None:
 
 def _check_entry(where: str, entry: Any, family: str) -> None:
     if isinstance(entry, str):
-        if entry not in registry.names(family) and entry not in COMING.get(family, {}):
+        if entry not in registry.names(family):
             near = registry.nearest(entry, registry.names(family))
             hint = f"; did you mean {near!r}?" if near else f"; known: {registry.names(family)}"
             raise TypeError(f"{where} names {entry!r}, which is no registered {family}{hint}")

@@ -5,11 +5,6 @@ A test walks the package and fails if a class is missing here.
 
 from __future__ import annotations
 
-COMING: dict[str, dict[str, str]] = {
-    "model": {"liger": "use 'huggingface'; Liger kernels are not part of this version"},
-}
-"""Names of ArcticTraining's parts that this version does not have, with what to say about them."""
-
 BUILT_IN: dict[str, dict[str, str]] = {
     "trainer": {
         "sft": "arctic_like.trainer.sft:SFTTrainer",
@@ -29,6 +24,7 @@ BUILT_IN: dict[str, dict[str, str]] = {
     },
     "model": {
         "huggingface": "arctic_like.model.huggingface:HFModelFactory",
+        "liger": "arctic_like.model.liger:LigerModelFactory",
     },
     "tokenizer": {
         "huggingface": "arctic_like.tokenizer.huggingface:HFTokenizerFactory",

@@ -61,7 +61,6 @@ BAD = {
     "a list": ("- a\n", ["bad.yaml:1", "no map"]),
     "unknown trainer": (GOOD.replace("sft", "stf"), ["bad.yaml:2", "'stf'", "did you mean 'sft'"]),
     "unknown part": (GOOD.replace("byte", "bite"), ["bad.yaml:5", "tokenizer.type", "'byte'"]),
-    "a part that comes later": (GOOD.replace("model:", "model:\n  type: liger"), ["'liger'", "huggingface"]),
     "incompatible factory": (GOOD.replace("data: {", "data: {type: dpo, "),
                              ["data.type", "DPODataFactory", "SFTTrainer", "'sft'"]),
     "contradictory batch sizes": (GOOD + "micro_batch_size: 2\ngradient_accumulation_steps: 3\n"

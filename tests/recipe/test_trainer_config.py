@@ -17,7 +17,7 @@ tiled_mlp_compute deepspeed model tokenizer data optimizer scheduler checkpoint 
 """
 OURS = """
 output_dir overwrite device deterministic global_batch_size eval_at_start eval_at_end
-trackers callbacks
+trackers callbacks allow_changes
 """
 
 

@@ -83,7 +83,8 @@ def test_a_changed_file_is_imported_again(write):
 @pytest.mark.parametrize(
     ("code", "line", "message"),
     [
-        ("x = 1\nboom()\n", 2, "NameError: name 'boom' is not defined"),
+        ("from arctic_like.trainer.base import Trainer\nclass T(Trainer):\n    name = 'bad'\n"
+         "boom()\n", 4, "NameError: name 'boom' is not defined"),
         ("x = (\n", 1, "SyntaxError"),
         ("import sys\nsys.exit(3)\n", 2, "SystemExit: 3"),
         ("def f():\n    raise ValueError('no')\n\nf()\n", 4, "line 2, in f: raise ValueError('no')"),
@@ -98,6 +99,7 @@ def test_errors_in_it_name_file_and_line(write, code, line, message):
         load_recipe(path)
     (problem,) = caught.value.problems
     assert (problem.file, problem.line) == (str(mine), line)
+    assert "bad" not in registry.names("trainer")
     assert message in problem.message
     assert not [name for name in sys.modules if name.startswith("arctic_code_mine_") and
                 getattr(sys.modules[name], "__file__", "") == str(mine)]  # fmt: skip
