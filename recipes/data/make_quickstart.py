@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
 
-SEED = 7
+SEED = 1
 """One with which no constant answer to the held-out questions of a kind is right more than 1 in 10."""
 HELD_OUT_ROWS, TRAIN_ROWS = 560, 16_000
 TURNS = (1, 1, 1, 1, 2, 3)
@@ -78,13 +78,8 @@ def last(random: Random) -> Question:
     return f"Last {' '.join(words)}", words[2]
 
 
-def swap(random: Random) -> Question:
-    one, other = word(random), word(random)
-    return f"Swap {one} {other}", f"{other} {one}"
-
-
 KINDS: dict[str, Callable[[Random], Question]] = {
-    f.__name__: f for f in (repeat, capitals, shift, count, first, second, last, swap)
+    f.__name__: f for f in (repeat, capitals, shift, count, first, second, last)
 }
 
 

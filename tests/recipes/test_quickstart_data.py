@@ -92,7 +92,6 @@ def independent_answer(kind: str, question: str) -> str:
         "first": lambda: words[-3],
         "second": lambda: words[-2],
         "last": lambda: given,
-        "swap": lambda: f"{given} {words[-2]}",
     }[kind]()
 
 
