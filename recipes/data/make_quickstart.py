@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
 
-SEED = 1
+SEED = 3
 """One with which no constant answer to the held-out questions of a kind is right more than 1 in 10."""
 HELD_OUT_ROWS, TRAIN_ROWS = 560, 16_000
 TURNS = (1, 1, 1, 1, 2, 3)
@@ -48,11 +48,6 @@ def repeat(random: Random) -> Question:
     return f"Repeat {text}", text
 
 
-def capitals(random: Random) -> Question:
-    text = word(random)
-    return f"Capitals {text}", text.upper()
-
-
 def shift(random: Random) -> Question:
     text = word(random)
     return f"Shift {text}", "".join(LETTERS[(LETTERS.index(c) + 1) % 26] for c in text)
@@ -79,7 +74,7 @@ def last(random: Random) -> Question:
 
 
 KINDS: dict[str, Callable[[Random], Question]] = {
-    f.__name__: f for f in (repeat, capitals, shift, count, first, second, last)
+    f.__name__: f for f in (repeat, shift, count, first, second, last)
 }
 
 

@@ -86,7 +86,6 @@ def independent_answer(kind: str, question: str) -> str:
     low = string.ascii_lowercase
     return {
         "repeat": lambda: given,
-        "capitals": lambda: given.swapcase(),
         "shift": lambda: given.translate(str.maketrans(low, low[1:] + low[0])),
         "count": lambda: str(sum(1 for _ in given)),
         "first": lambda: words[-3],
