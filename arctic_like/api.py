@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from arctic_like.errors import ArcticError, Problem, RecipeError
+from arctic_like.registry import build
 from arctic_like.world import World
 
 if TYPE_CHECKING:
@@ -35,8 +36,13 @@ def run(recipe: Recipe, *, output_dir: str | Path | None = None, resume: str = "
 
     Raises RecipeError and RunError.
     """
+    from loguru import logger
+
+    from arctic_like.recipe import warnings
     from arctic_like.stop import StopRequest, catch_signals
 
+    for problem in warnings(recipe.config):
+        logger.warning(str(problem))
     directory = Path(output_dir) if output_dir else default_output_dir(recipe)
     with catch_signals(StopRequest()) as stop:
         return execute(recipe, output_dir=directory, resume=resume, stop=stop)
@@ -61,8 +67,9 @@ def execute(
     from arctic_like.logs import setup_logging
     from arctic_like.rundir import RunDirectory
 
-    refuse_what_cannot_run(recipe)
-    world = World.from_environment(choose_device(recipe.config.device))
+    device = choose_device(recipe.config.device)
+    refuse_what_cannot_run(recipe, on_cpu=device == "cpu")
+    world = World.from_environment(device)
     _prepare_process(recipe, world)
     host = connect(world)
     directory = RunDirectory(output_dir)
@@ -96,14 +103,29 @@ def _take_possession(
     return host.from_main(checkpoint)
 
 
-def refuse_what_cannot_run(recipe: Recipe) -> None:
-    """Raise RecipeError for keys that are declared but not built yet, before anything happens."""
+def refuse_what_cannot_run(recipe: Recipe, *, on_cpu: bool) -> None:
+    """Raise RecipeError for what can be known before anything happens to go wrong.
+
+    Keys that are declared but not built yet, settings of DeepSpeed that contradict the recipe or the
+    device, data files that are not there. Light: the command asks it before it launches.
+    """
+    from arctic_like.engine.ds_rules import Facts, deepspeed_problems
     from arctic_like.recipe import run_time_refusals
 
-    problems: list[Problem] = list(run_time_refusals(recipe.config))
+    config = recipe.config
+    problems: list[Problem] = list(run_time_refusals(config))
+    facts = Facts(
+        dtype=getattr(config.model, "dtype", None),
+        micro_batch_size=config.micro_batch_size,
+        on_cpu=on_cpu,
+    )
+    problems += deepspeed_problems(config.deepspeed, facts=facts)
     refuse = getattr(recipe.trainer, "refuse", None)
     if refuse is not None:
         problems += refuse()
+    missing = getattr(build(recipe.config.data, "data"), "problems", None)
+    if missing is not None:
+        problems += missing()
     if problems:
         raise RecipeError(problems)
 

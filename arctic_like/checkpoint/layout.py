@@ -50,8 +50,11 @@ def complete_checkpoints(checkpoints: Path) -> list[Path]:
     """All complete checkpoints of a `checkpoints/` folder, oldest first by step *number*."""
     if not checkpoints.is_dir():
         return []
-    found = [(step, path) for path in checkpoints.iterdir()
-             if path.is_dir() and (step := step_of(path)) is not None]
+    found = [
+        (step, path)
+        for path in checkpoints.iterdir()
+        if path.is_dir() and (step := step_of(path)) is not None
+    ]
     return [path for _, path in sorted(found) if not missing_files(path)]
 
 

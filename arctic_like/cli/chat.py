@@ -62,7 +62,7 @@ def load(path: Path, *, device: str) -> tuple[Any, PreTrainedTokenizerBase, str]
 
     Raises RecipeError where there is nothing to talk to, CheckpointError where it cannot be read.
     """
-    from arctic_like.checkpoint.load import find, load_for_inference
+    from arctic_like.inference import find, load_for_inference
 
     find(path)  # says within a moment, before anything heavy is imported, that there is nothing
     with contextlib.redirect_stdout(sys.stderr):

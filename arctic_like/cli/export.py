@@ -55,15 +55,15 @@ def check_target(target: Path) -> None:
 
 def write(source: Path, target: Path, *, step: int | None, dtype: str | None) -> None:
     """Load and export. Raises RecipeError and CheckpointError."""
-    from arctic_like.checkpoint.load import find
+    from arctic_like.inference import find
 
     find(source, step=step)  # before the seconds that importing torch takes
     import torch
     from transformers.utils import logging
 
     from arctic_like.checkpoint.huggingface import export
-    from arctic_like.checkpoint.load import load_for_inference
     from arctic_like.engine.host import HostGroup
+    from arctic_like.inference import load_for_inference
     from arctic_like.world import World
 
     logging.set_verbosity_error()

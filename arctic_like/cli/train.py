@@ -122,11 +122,13 @@ def _launch(
 def _check_before_launch(recipe: Recipe) -> None:
     """Warn of what has no effect, refuse what this version cannot carry out."""
     from arctic_like.api import refuse_what_cannot_run
+    from arctic_like.cli.devices import visible_gpus
     from arctic_like.cli.show import show_problems
     from arctic_like.recipe import warnings
 
     show_problems(warnings(recipe.config), kind="warning")
-    refuse_what_cannot_run(recipe)
+    on_cpu = recipe.config.device == "cpu" or not visible_gpus()
+    refuse_what_cannot_run(recipe, on_cpu=on_cpu)
 
 
 def _take_step(words: list[str]) -> tuple[list[str], int | None]:

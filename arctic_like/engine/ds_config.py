@@ -9,11 +9,12 @@ Defaults that are not DeepSpeed's, and why:
 - ZeRO stage 2, as in ArcticTraining: the most memory saved without gathering weights.
 - `data_types.grad_accum_dtype` and `communication_data_type` are fp32 for bf16 and fp16 wherever
   DeepSpeed can (stages 1, 2, 3). Measured with DeepSpeed 0.19.8 on two ranks, 8 micro-batches, as
-  the relative error against the float64 sum of the same bf16 gradients: 2.7e-3 with neither and
-  with fp32 communication alone, 0.8e-3 (stages 2, 3) or 1.9e-3 (stage 1) with fp32 accumulation
-  alone, 2e-7 with both. At stage 1 fp32 accumulation makes DeepSpeed choose its BF16_Optimizer,
-  which casts its fp32 sums to `communication_data_type` to reduce them, hence the 1.9e-3. At
-  stage 0 DeepSpeed refuses it (NotImplementedError): the error stays at 2.7e-3, with a warning.
+  the relative error against the float64 sum of the same bf16 gradients: 2.6e-3 (stage 1) and
+  2.7e-3 (stages 2, 3) with neither and with fp32 communication alone; 1.9e-3 and 0.8e-3 with fp32
+  accumulation alone; 2e-7 with both. At stage 1 fp32 accumulation makes DeepSpeed choose its
+  BF16_Optimizer, which casts its fp32 sums to `communication_data_type` to reduce them, hence the
+  1.9e-3. At stage 0 DeepSpeed refuses it (NotImplementedError): the error stays at 2.6e-3, with a
+  warning. fp16 follows by analogy; it was not measured, as it needs a GPU.
   The price: four bytes in place of two for each reduced element and each kept gradient.
 - Bucket sizes come from the model's width h, as transformers derives them for "auto": reduction
   h², prefetch 0.9 h², and parameters of up to 10 h elements stay whole at stage 3. A bucket has at

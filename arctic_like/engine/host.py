@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import contextlib
-import io
 import os
 import socket
 from collections.abc import Sequence

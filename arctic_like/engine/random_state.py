@@ -28,7 +28,11 @@ def random_state() -> dict[str, Any]:
     kind, keys, *rest = words
     state: dict[str, Any] = {
         "python": random.getstate(),
-        "numpy": (kind, torch.from_numpy(numpy.asarray(keys).astype("int64")), *[float(r) for r in rest]),
+        "numpy": (
+            kind,
+            torch.from_numpy(numpy.asarray(keys).astype("int64")),
+            *[float(r) for r in rest],
+        ),
         "torch": torch.get_rng_state(),
     }
     if torch.cuda.is_available():

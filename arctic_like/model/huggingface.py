@@ -66,7 +66,7 @@ class HFModelConfig(ModelConfig):
 
 
 class HFModelFactory(ModelFactory):
-    """`type: huggingface`."""
+    """A causal language model of transformers, pretrained or with random weights."""
 
     name = "huggingface"
     config_type = HFModelConfig

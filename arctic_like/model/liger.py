@@ -21,7 +21,7 @@ class LigerModelConfig(HFModelConfig):
 
 
 class LigerModelFactory(HFModelFactory):
-    """`type: liger`: norms, rotary embeddings and MLPs run fused; the weights are the same."""
+    """The same models with norms, rotary embeddings and MLPs fused by Liger; same weights."""
 
     name = "liger"
     config_type = LigerModelConfig

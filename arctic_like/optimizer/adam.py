@@ -31,7 +31,7 @@ class CPUAdamConfig(OptimizerConfig):
 
 
 class AdamWFactory(OptimizerFactory):
-    """`type: adamw`."""
+    """torch's AdamW, fused: on every device, with and without offload."""
 
     name = "adamw"
     config_type = AdamWConfig
@@ -51,7 +51,7 @@ class AdamWFactory(OptimizerFactory):
 
 
 class FusedAdamFactory(OptimizerFactory):
-    """`type: fused_adam`."""
+    """DeepSpeed's FusedAdam, on CUDA."""
 
     name = "fused_adam"
     config_type = FusedAdamConfig
@@ -76,7 +76,7 @@ class FusedAdamFactory(OptimizerFactory):
 
 
 class CPUAdamFactory(OptimizerFactory):
-    """`type: cpu_adam`."""
+    """DeepSpeed's Adam on the CPU, for offloaded states."""
 
     name = "cpu_adam"
     config_type = CPUAdamConfig

@@ -66,7 +66,7 @@ class CosineWithFloorConfig(SchedulerConfig):
 
 
 class WSDFactory(SchedulerFactory):
-    """`type: wsd` (Hu et al. 2024, MiniCPM, section 4; `sqrt`: Hägele et al. 2024, section 4.2)."""
+    """Warm-up, stable, decay (Hu et al. 2024, MiniCPM, section 4; `sqrt`: Hägele et al. 2024, 4.2)."""
 
     name = "wsd"
     config_type = WSDConfig
@@ -98,7 +98,7 @@ class WSDFactory(SchedulerFactory):
 
 
 class CosineWithFloorFactory(SchedulerFactory):
-    """`type: cosine_with_floor`."""
+    """Warm-up, then half a cosine down to a floor."""
 
     name = "cosine_with_floor"
     config_type = CosineWithFloorConfig

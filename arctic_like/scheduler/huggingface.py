@@ -66,7 +66,7 @@ class HFSchedulerConfig(SchedulerConfig):
 
 
 class HFSchedulerFactory(SchedulerFactory):
-    """`type: huggingface`. Warm-up starts at 0 and decay ends one step after the run, as there."""
+    """Every schedule of transformers. Warm-up starts at 0 and decay ends one step after the run."""
 
     name = "huggingface"
     config_type = HFSchedulerConfig

@@ -190,9 +190,7 @@ def _say_changes(config: Any, session: Session, resumed: dict[str, Any]) -> None
     """Log what the recipe says otherwise than at the checkpoint; RecipeError for what may not differ."""
     from loguru import logger
 
-    for sentence in check_continuity(
-        resumed, session.recipe.resolved, allow=config.allow_changes
-    ):
+    for sentence in check_continuity(resumed, session.recipe.resolved, allow=config.allow_changes):
         logger.info(f"changed since the checkpoint: {sentence}")
 
 

@@ -279,7 +279,9 @@ class TrainerConfig(PartConfig):
             from arctic_like.model.isolation import packing_refusal
 
             if reason := packing_refusal(self.model):  # type: ignore[arg-type]
-                raise wrong(f"is true, but {reason}", place="data.pack_samples", hint="set it to false")
+                raise wrong(
+                    f"is true, but {reason}", place="data.pack_samples", hint="set it to false"
+                )
         return self
 
     def resolve_batch(self, world_size: int) -> Batch:

@@ -66,7 +66,9 @@ def refused(found: list[Change]) -> list[Problem]:
     ]
 
 
-def check_continuity(saved: Mapping[str, Any], resolved: Mapping[str, Any], *, allow: bool) -> list[str]:
+def check_continuity(
+    saved: Mapping[str, Any], resolved: Mapping[str, Any], *, allow: bool
+) -> list[str]:
     """Sentences on what changed, for the log. Raises RecipeError for what may not change."""
     found = changes(saved["recipe"], resolved)
     problems = refused(found)

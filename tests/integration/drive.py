@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import sys
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,9 @@ def main() -> None:
             def last(*arguments: Any) -> None:
                 facts["final"] = weights_digest(trainer.module)
                 ranks = trainer.session.host.gather(seen)
-                facts["samples"] = [sorted(sum(parts, [])) for parts in zip(*ranks, strict=True)]
+                facts["samples"] = [
+                    sorted(chain.from_iterable(parts)) for parts in zip(*ranks, strict=True)
+                ]
                 teardown(*arguments)
 
             trainer.step, trainer.teardown = watched, last

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -44,14 +45,16 @@ def train(folder: Path, content: dict[str, Any]) -> tuple[list[dict[str, Any]], 
         kept["batches"] = batches
 
     path = write_recipe(folder / "recipe.yaml", content)
-    execute(load_recipe(path), output_dir=folder / "run", resume="", stop=StopRequest(), inspect=inspect)
+    execute(
+        load_recipe(path), output_dir=folder / "run", resume="", stop=StopRequest(), inspect=inspect
+    )
     return train_lines(folder / "run"), kept
 
 
 def documents(sample: dict[str, Any]) -> Iterator[tuple[Any, Any]]:
     """A row's documents, each (tokens, labels): a new one begins wherever positions restart."""
     starts = [i for i, p in enumerate(sample["position_ids"]) if p == 0] + [len(sample["labels"])]
-    for start, end in zip(starts, starts[1:], strict=False):
+    for start, end in pairwise(starts):
         yield sample["input_ids"][start:end], sample["labels"][start:end]
 
 
@@ -82,9 +85,12 @@ def bare_loop(kept: dict[str, Any], *, rate: float, decay: float) -> list[tuple[
             for tokens, labels in documents(sample):
                 logits = model(input_ids=torch.as_tensor(tokens)[None]).logits[0, :-1]
                 targets = torch.as_tensor(labels)[1:].long()
-                total = total + torch.nn.functional.cross_entropy(
-                    logits, targets, ignore_index=-100, reduction="sum"
-                ).double()
+                total = (
+                    total
+                    + torch.nn.functional.cross_entropy(
+                        logits, targets, ignore_index=-100, reduction="sum"
+                    ).double()
+                )
                 count += int((targets != -100).sum())
         loss = total / count
         loss.backward()
@@ -114,7 +120,7 @@ def test_every_split_of_a_global_batch_equals_the_definition(
     per_sample = [int((s["labels"][1:] != -100).sum()) for b in kept["batches"] for s in b]
     assert packed or max(per_sample) > 20 * min(per_sample), "label counts are meant to be uneven"
     assert len(lines) == STEPS
-    for micro, (lines, kept) in results.items():
+    for micro, (lines, _) in results.items():
         for line, (loss, norm), count in zip(lines, definition, counts, strict=True):
             assert line["loss"] == pytest.approx(loss, rel=1e-5), (micro, line["step"])
             assert line["grad_norm"] == pytest.approx(norm, rel=1e-5), (micro, line["step"])
@@ -141,7 +147,13 @@ def test_a_short_last_batch_is_trained_with_its_own_weight(tmp_path: Path, data:
         data__pack_samples=False,
     )  # fmt: skip
     path = write_recipe(tmp_path / "recipe.yaml", content)
-    execute(load_recipe(path), output_dir=tmp_path / "run", resume="", stop=StopRequest(), inspect=inspect)
+    execute(
+        load_recipe(path),
+        output_dir=tmp_path / "run",
+        resume="",
+        stop=StopRequest(),
+        inspect=inspect,
+    )
     assert seen == [8, 5, 8, 5]
     found = train_lines(tmp_path / "run")
     assert [line["samples_seen"] for line in found] == [8, 13, 21, 26]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,7 @@ def test_every_sample_comes_once_an_epoch(runs: Runs) -> None:
     steps = runs.facts("two-2")["samples"]
     assert [len(step) for step in steps] == [16, 16, 16, 16, 6] * 4
     for epoch in range(4):
-        assert sorted(sum(steps[5 * epoch : 5 * epoch + 5], [])) == list(range(70))
+        assert sorted(chain.from_iterable(steps[5 * epoch : 5 * epoch + 5])) == list(range(70))
 
 
 @pytest.mark.parametrize("stage", [2, 3])

@@ -14,7 +14,13 @@ from pathlib import Path
 import pytest
 
 from .tools import (
-    arctic_train, environment, lines, recipe, without_clocks, write_conversations, write_recipe,
+    arctic_train,
+    environment,
+    lines,
+    recipe,
+    without_clocks,
+    write_conversations,
+    write_recipe,
 )  # fmt: skip
 
 STEPS = 12

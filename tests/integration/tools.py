@@ -15,7 +15,20 @@ from typing import Any
 import yaml
 
 CLOCKS = {"step_time", "tokens_per_second"}
-WORDS = "ice snow frost floe berg polar night aurora seal whale tundra drift".split()
+WORDS = [
+    "ice",
+    "snow",
+    "frost",
+    "floe",
+    "berg",
+    "polar",
+    "night",
+    "aurora",
+    "seal",
+    "whale",
+    "tundra",
+    "drift",
+]
 
 MODEL = {
     "model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
@@ -48,7 +61,11 @@ def recipe(data: Path, **changes: Any) -> dict[str, Any]:
         "train_iters": 4,
         "model": {"config": dict(MODEL), "dtype": "fp32", "disable_activation_checkpoint": True},
         "tokenizer": {"type": "byte"},
-        "data": {"sources": [str(data)], "max_length": 128, "cache_dir": str(data.parent / "cache")},
+        "data": {
+            "sources": [str(data)],
+            "max_length": 128,
+            "cache_dir": str(data.parent / "cache"),
+        },
         "optimizer": {"type": "adamw", "learning_rate": 1e-2, "weight_decay": 0.1},
         "scheduler": {"type": "huggingface", "name": "cosine", "warmup_ratio": 0.1},
         "deepspeed": {"zero_optimization": {"stage": 0}},
@@ -93,8 +110,8 @@ def free_port() -> int:
 
 def environment(**extra: str) -> dict[str, str]:
     """This process's environment for a child: one thread, CPU, no leftovers of a launcher."""
-    clean = {k: v for k, v in os.environ.items()
-             if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")}  # fmt: skip
+    launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    clean = {k: v for k, v in os.environ.items() if k not in launcher}
     return {**clean, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", **extra}
 
 
@@ -120,7 +137,9 @@ def drive(jobs: list[dict[str, Any]], *, ranks: int, folder: Path, timeout: int 
     assert listing.with_suffix(".done").exists(), done.stdout[-4000:] + done.stderr[-8000:]
 
 
-def arctic_train(*arguments: str, cwd: Path, timeout: int = 300, **extra: str) -> subprocess.CompletedProcess[str]:  # fmt: skip
+def arctic_train(
+    *arguments: str, cwd: Path, timeout: int = 300, **extra: str
+) -> subprocess.CompletedProcess[str]:
     """Run the command itself."""
     return subprocess.run(
         [sys.executable, "-m", "arctic_like.cli.main", *arguments],
