@@ -9,8 +9,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,7 +74,7 @@ def execute(
     _prepare_process(recipe, world)
     host = connect(world)
     directory = RunDirectory(output_dir)
-    with contextlib.ExitStack() as stack:
+    with _no_trace_of_a_false_start(directory, world), contextlib.ExitStack() as stack:
         checkpoint = _take_possession(recipe, directory, resume, host=host, stack=stack)
         logger = recipe.config.logger
         setup_logging(
@@ -84,6 +85,23 @@ def execute(
             recipe, world=world, host=host, directory=directory, checkpoint=checkpoint, stop=stop,
             inspect=inspect,
         )  # fmt: skip
+
+
+@contextlib.contextmanager
+def _no_trace_of_a_false_start(directory: RunDirectory, world: World) -> Iterator[None]:
+    """Remove what a run wrote that was refused before its first step, and nothing else."""
+    existed, held = directory.path.exists(), directory.holds_run()
+    try:
+        yield
+    except RecipeError:
+        if world.is_main and not held:
+            from arctic_like.logs import close_logging
+
+            close_logging()
+            directory.clear()
+            if not existed:
+                shutil.rmtree(directory.path, ignore_errors=True)
+        raise
 
 
 def _take_possession(

@@ -123,6 +123,7 @@ def assemble(trainer: Trainer, session: Session) -> Equipment:
         epochs=config.epochs, **_batch_sizes(config, world, resumed),
     )  # fmt: skip
 
+    notice("on_run_start")
     notice("on_setup_start")
     tokenizer_part = build(config.tokenizer, "tokenizer")
     model_part = build(config.model, "model")

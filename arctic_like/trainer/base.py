@@ -173,7 +173,6 @@ class Trainer(Part, Moments, family="trainer"):
         from arctic_like.trainer.assembly import assemble
 
         self.session = session
-        self.on_run_start()
         self.equipment = assemble(self, session)
         saved = None
         if session.resume is not None:
