@@ -71,6 +71,12 @@ def _fetched(
     fetch: _Fetch, lists: Iterable[list[int]], *, num_workers: int, pin_memory: bool
 ) -> Iterator[dict[str, Tensor]]:
     """The batch of each list of indices, in order. Workers run ahead by two lists each."""
+    if not num_workers:
+        # torch's DataLoader would add a quarter to the time of a batch that is only copied.
+        for indices in lists:
+            batch = fetch[indices]
+            yield {k: v.pin_memory() for k, v in batch.items()} if pin_memory else batch
+        return
     import torch
     from torch.utils.data import DataLoader
 

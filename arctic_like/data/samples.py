@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -59,12 +61,15 @@ class DocumentSamples(SampleSet):
         self._open()
 
     def _open(self) -> None:
-        arrays = {name: np.load(self.folder / f"{name}.npy", mmap_mode="r") for name in _ARRAYS}
+        arrays = {
+            name: np.asarray(np.load(self.folder / f"{name}.npy", mmap_mode="r"))
+            for name in _ARRAYS
+        }
         self.pieces = Pieces(arrays["document"], arrays["start"], arrays["length"])
         self.offsets: NDArray[np.int64] = arrays["offsets"]
         self.lengths = arrays["lengths"]
         self.weights = arrays["weights"]
-        self._firsts = np.cumsum([0] + [len(part) for part in self.documents])
+        self._firsts = [0, *accumulate(len(part) for part in self.documents)]
 
     def __getstate__(self) -> dict[str, object]:
         return {"folder": self.folder, "documents": self.documents}
@@ -78,8 +83,8 @@ class DocumentSamples(SampleSet):
 
     def _where(self, piece: int) -> tuple[Documents, int]:
         document = int(self.pieces.document[piece])
-        part = int(np.searchsorted(self._firsts, document, side="right")) - 1
-        return self.documents[part], document - int(self._firsts[part])
+        part = bisect_right(self._firsts, document) - 1
+        return self.documents[part], document - self._firsts[part]
 
     def _bounds(self, index: int) -> range:
         if not 0 <= index < len(self):
@@ -97,10 +102,10 @@ class DocumentSamples(SampleSet):
             first = int(part.offsets[document]) + int(self.pieces.start[piece])
             size = int(self.pieces.length[piece])
             here = slice(at, at + size)
-            input_ids[here] = part.tokens[first : first + size]
-            trained = part.trained[first : first + size].astype(bool)
-            trained[0] = False  # nothing inside the document predicts its first token
-            labels[here][trained] = input_ids[here][trained]
+            tokens = part.tokens[first : first + size]
+            input_ids[here] = tokens
+            np.copyto(labels[here], tokens, where=part.trained[first : first + size].view(bool))
+            labels[at] = IGNORED  # nothing inside the document predicts its first token
             position_ids[here] = np.arange(size)
             at += size
         return {"input_ids": input_ids, "labels": labels, "position_ids": position_ids}
