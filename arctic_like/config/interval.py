@@ -81,6 +81,8 @@ class Interval:
             return False
         if self.unit == "seconds":
             return seconds_since_last >= self.every
+        if self.unit == "steps":  # asked twice a step: whole numbers, not fractions
+            return step % self.every.numerator == 0
         period = self.period(steps_per_epoch=steps_per_epoch, total_steps=total_steps)
         return period > 0 and step // period > (step - 1) // period
 

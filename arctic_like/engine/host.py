@@ -9,6 +9,7 @@ import contextlib
 import io
 import os
 import socket
+import sys
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -30,11 +31,23 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def use_own_ninja() -> None:
+    """Let DeepSpeed find the ninja beside this Python, whether or not the environment is activated.
+
+    Another one on the PATH would not read its logs, and compile everything again.
+    """
+    beside = os.path.dirname(sys.executable)
+    path = os.environ.get("PATH", "")
+    if os.path.exists(os.path.join(beside, "ninja")) and path.split(os.pathsep)[0] != beside:
+        os.environ["PATH"] = beside + os.pathsep + path
+
+
 def connect(world: World) -> HostGroup:
     """Open the process groups of this run through DeepSpeed (once a process); return the host group."""
     import torch.distributed as dist
 
     if not dist.is_initialized():
+        use_own_ninja()
         import deepspeed
 
         for key, value in (

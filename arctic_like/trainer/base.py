@@ -24,6 +24,7 @@ from arctic_like.loss import Loss
 from arctic_like.registry import Part
 from arctic_like.registry.factory_types import check_factory_types
 from arctic_like.trainer.config import TrainerConfig
+from arctic_like.trainer.ledger import terms_of
 from arctic_like.trainer.moments import Moments
 from arctic_like.trainer.progress import Progress, Result
 
@@ -244,8 +245,9 @@ class Trainer(Part, Moments, family="trainer"):
             if applied or not engine.is_fp16:
                 break
         for loss, micro in zip(losses, micro_batches, strict=True):
-            for ledger in (self.equipment.step_ledger, self.equipment.epoch_ledger):
-                ledger.add(loss, micro.weight, step=self.global_step + 1)
+            terms = terms_of(loss, micro.weight, step=self.global_step + 1)
+            self.equipment.step_ledger.add(terms)
+            self.equipment.epoch_ledger.add(terms)
         if not applied:
             self._fail_if_not_finite_so_far()
             self._fail_if_not_finite(float("inf"), what="gradient norm")
@@ -547,7 +549,7 @@ class Trainer(Part, Moments, family="trainer"):
             self.emit("on_evaluate_batch_start", batch)
             loss = self._loss(batch, weight)
             self.emit("on_evaluate_batch_end", batch, loss)
-            ledger.add(loss, weight)
+            ledger.add(terms_of(loss, weight))
         means = ledger.read()
         prefix = "" if name in ("", "eval") else f"{name}/"
         return {f"eval/{prefix}{key}": value for key, value in means.values.items()}

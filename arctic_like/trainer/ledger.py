@@ -28,6 +28,34 @@ class Means:
     """Total weight of all ranks."""
 
 
+@dataclass(frozen=True)
+class Terms:
+    """What one micro-batch adds to a ledger: name → value × weight (float64, on the device)."""
+
+    sums: dict[str, Tensor]
+    weight: float
+    first_bad: Tensor | None
+    """The step if its loss is not finite, else `NEVER`."""
+
+
+def terms_of(loss: Loss, weight: float, *, step: int = 0) -> Terms:
+    """A micro-batch's terms. Several ledgers take them, so that the products are made once.
+
+    With a weight of 0 (a rank with nothing to do) the terms are zeros under the same names, so that
+    all ranks reduce the same list.
+    """
+    import torch
+
+    mean = loss.mean.detach().double()
+    if weight == 0:
+        zero = torch.zeros_like(mean)
+        return Terms(dict.fromkeys(("loss", *loss.values), zero), 0.0, None)
+    sums = {"loss": mean * weight}
+    for name, value in loss.values.items():
+        sums[name] = torch.as_tensor(value, device=mean.device).detach().double() * weight
+    return Terms(sums, weight, torch.where(torch.isfinite(mean), NEVER, float(step)))
+
+
 class Ledger:
     """Accumulates losses of this rank; `read` gives the means over all ranks."""
 
@@ -38,39 +66,18 @@ class Ledger:
         self._weight = 0.0
         self._first_bad: Tensor | None = None
 
-    def add(self, loss: Loss, weight: float, *, step: int = 0) -> None:
-        """Take in a micro-batch's loss with its weight; no synchronisation.
-
-        step: noted, on the device, if it is the first whose loss is not finite.
-        """
-        if weight == 0:
-            self._touch(loss)
-            return
-        import torch
-
-        mean = loss.mean.detach().double()
-        self._accumulate("loss", mean * weight)
-        for name, value in loss.values.items():
-            self._accumulate(
-                name, torch.as_tensor(value, device=mean.device).detach().double() * weight
-            )
-        self._weight += weight
-        bad = torch.where(torch.isfinite(mean), NEVER, float(step))
-        self._first_bad = bad if self._first_bad is None else torch.minimum(self._first_bad, bad)
-
-    def _touch(self, loss: Loss) -> None:
-        # A rank with nothing to do knows the same names, so that ranks reduce the same list.
-        for name in ("loss", *loss.values):
-            self._sums.setdefault(name, self._zero())
+    def add(self, terms: Terms) -> None:
+        """Take in a micro-batch; no synchronisation."""
+        for name, value in terms.sums.items():
+            self._accumulate(name, value)
+        self._weight += terms.weight
+        if terms.first_bad is not None:
+            have, new = self._first_bad, terms.first_bad
+            self._first_bad = new if have is None else new.minimum(have)
 
     def _accumulate(self, name: str, value: Tensor) -> None:
         have = self._sums.get(name)
         self._sums[name] = value if have is None else have + value
-
-    def _zero(self) -> Tensor:
-        import torch
-
-        return torch.zeros((), dtype=torch.float64, device=self._device)
 
     def read(self, *, reset: bool = True) -> Means:
         """Means over all ranks since the last reset. Waits for the device; collective."""
