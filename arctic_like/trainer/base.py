@@ -78,6 +78,7 @@ class Trainer(Part, Moments, family="trainer"):
         self._stream: Iterator[StepBatch] | None = None
         self._last_evaluation = -1
         self._last_save = -1
+        self._evaluations_made = 0
         self._steps_this_run = 0
         self._marks = {"step": time.perf_counter(), "line": 0}
         self._last_times: dict[str, float] = {}
@@ -171,6 +172,8 @@ class Trainer(Part, Moments, family="trainer"):
 
     def setup(self, session: Session) -> None:
         """Build every part, and take up the checkpoint that the session names. Collective."""
+        from loguru import logger
+
         from arctic_like.trainer.assembly import assemble
 
         self.session = session
@@ -180,6 +183,7 @@ class Trainer(Part, Moments, family="trainer"):
             saved = self.equipment.saver.load(self, session.resume)
         self.equipment.recorder.start(saved=saved["metrics"] if saved else None)
         if session.resume is not None:
+            logger.info(f"resumed from {session.resume} at step {self.global_step}")
             self.emit("on_checkpoint_loaded", session.resume)
         self.emit("on_setup_end")
 
@@ -264,9 +268,10 @@ class Trainer(Part, Moments, family="trainer"):
                 results.update(self._evaluate_set(name, batches))
             self.emit("on_evaluate_end", results)
         self._last_evaluation = self.global_step
-        if results:
-            self.log({f"eval/{name.removeprefix('eval/')}": v for name, v in results.items()},
-                     kind="evaluation")  # fmt: skip
+        self._evaluations_made += 1
+        every = self.config.eval_log_iter_interval
+        if results and every and self._evaluations_made % every == 0:
+            self.log(results, kind="evaluation")
         return results
 
     def checkpoint(self) -> None:
@@ -349,6 +354,7 @@ class Trainer(Part, Moments, family="trainer"):
             "best": self._best,
             "evaluations": self._evaluations,
             "evaluated_at": self._last_evaluation,
+            "evaluations_made": self._evaluations_made,
         }
 
     def take_up(self, saved: Mapping[str, Any]) -> None:
@@ -358,6 +364,7 @@ class Trainer(Part, Moments, family="trainer"):
         self._best = dict(saved["last"]["best"])
         self._evaluations = {k: tuple(v) for k, v in saved["last"]["evaluations"].items()}
         self._last_evaluation = saved["last"]["evaluated_at"]
+        self._evaluations_made = saved["last"]["evaluations_made"]
         self._stream = None
 
     @property
@@ -370,8 +377,10 @@ class Trainer(Part, Moments, family="trainer"):
     def _weigh(self, batch: StepBatch) -> list[WeightedBatch]:
         """Weights of this rank, total over all ranks, and whether anyone wants to stop: one exchange."""
         weights = [0.0 if m.idle else float(self.weight(m.data)) for m in batch.micro_batches]
-        reasons = [float(reason == self._wants_to_stop()) for reason in STOP_REASONS]
-        total, *asked = self.session.host.sum([sum(weights), *reasons])
+        wanted = self._wants_to_stop()
+        total, *asked = self.session.host.sum(
+            [sum(weights), *(float(reason == wanted) for reason in STOP_REASONS)]
+        )
         for reason, count in zip(STOP_REASONS, asked, strict=True):
             if count:
                 self._stop(reason)
@@ -428,23 +437,19 @@ class Trainer(Part, Moments, family="trainer"):
         equipment.learners["model"].scheduler.step()
         self.emit("on_step_end")
         epoch_over = self.progress.position % plan.samples_per_epoch == 0
-        if (
-            self._due(self.config.train_log_iter_interval, "log")
-            or self.global_step == self.training_horizon
-        ):
-            self._log_step(batch, rates)
-        if epoch_over:
-            self.emit("on_epoch_end")
-        evaluates = self._due(self.config.eval_interval, "evaluation")
-        if evaluates:
-            self.evaluate()
-        if epoch_over:
-            self._log_epoch()
-        self._exit_if_asked()
-        if equipment.saver.due(self, epoch_over=epoch_over):
-            self.checkpoint()
-        if evaluates or self._last_save == self.global_step:
-            self._mark()
+        logs = self.config.train_log_iter_interval
+        if self._due(logs, "log") or (logs and self.global_step == self.training_horizon):
+            self._log_step(rates)
+        with self._clock_stopped():
+            if epoch_over:
+                self.emit("on_epoch_end")
+            if self._due(self.config.eval_interval, "evaluation"):
+                self.evaluate()
+            if epoch_over:
+                self._log_epoch()
+            self._exit_if_asked()
+            if equipment.saver.due(self, epoch_over=epoch_over):
+                self.checkpoint()
 
     def _due(self, interval: Any, name: str) -> bool:
         """Whether an interval of the recipe is due after this step; ranks agree on the clock."""
@@ -472,7 +477,7 @@ class Trainer(Part, Moments, family="trainer"):
             if limit and count >= limit and not self.is_done:
                 self._stop("exit_iteration")
 
-    def _log_step(self, batch: StepBatch, rates: list[float]) -> None:
+    def _log_step(self, rates: list[float]) -> None:
         """The train line. The only place in a step that waits for the device."""
         means = self.equipment.step_ledger.read()
         loss = means.values.pop("loss")
@@ -500,6 +505,13 @@ class Trainer(Part, Moments, family="trainer"):
         loss = means.values["loss"]
         self._fail_if_not_finite(loss)
         self.log({"epoch_train_loss": loss}, kind="epoch")
+
+    @contextlib.contextmanager
+    def _clock_stopped(self) -> Iterator[None]:
+        """What happens inside does not count into the step time of the next train line."""
+        start = time.perf_counter()
+        yield
+        self._marks["step"] += time.perf_counter() - start
 
     def _mark(self) -> None:
         """Start the clock of the next train line."""
@@ -576,6 +588,8 @@ class Trainer(Part, Moments, family="trainer"):
         if finished and self.config.eval_at_end and self._last_evaluation != self.global_step:
             self.evaluate()
         progress.finished = finished
+        if not finished and self._last_save == self.global_step:
+            return
         if self.equipment.saver.due(self, at_end=finished, at_stop=not finished):
             self.checkpoint()
 
