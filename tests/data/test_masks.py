@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers_for_tests import token_bytes, tokenizer_for
 
 from arctic_like.data.masks import TextEncoder, token_mask
 from arctic_like.data.shapes import RowError
 from arctic_like.data.templates import ChatTemplate
 from arctic_like.errors import RecipeError
 from tests.data.chat_templates import CASES, QWEN3
+from tests.data.tokenizers_for_tests import token_bytes, tokenizer_for
 
 # pieces that tempt: text of headers and prompts, borders of white space, thinking, private characters
 PIECES = [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 
-from chat_templates import CASES
+from tests.data.chat_templates import CASES
 
 CORPUS = [
     "The quick brown fox says hello to the user, and the assistant answers: hello!\n\n",

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-import workshop  # noqa: F401
+from tests.recipe import workshop  # noqa: F401
 
 
 @pytest.fixture

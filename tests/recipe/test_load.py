@@ -3,10 +3,10 @@
 from pathlib import Path
 
 import pytest
-from workshop import RayConfig, RendererConfig, SceneTrainer
 
 from arctic_like.errors import RecipeError
 from arctic_like.recipe import load_recipe, run_time_refusals, warnings
+from tests.recipe.workshop import RayConfig, RendererConfig, SceneTrainer
 
 
 def problems_of(*args):

@@ -5,13 +5,13 @@ import re
 import jsonschema
 import pytest
 import yaml
-from workshop import SceneTrainer
 
 from arctic_like import registry
 from arctic_like.errors import RecipeError
 from arctic_like.recipe import load_recipe
 from arctic_like.recipe.schema import recipe_schema
 from arctic_like.recipe.starter import starting_recipe
+from tests.recipe.workshop import SceneTrainer
 
 
 @pytest.fixture(scope="module")
