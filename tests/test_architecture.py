@@ -221,7 +221,8 @@ def test_the_index_of_names_is_complete_both_ways() -> None:
 
 @pytest.mark.parametrize("family", sorted(BUILT_IN))
 def test_every_part_is_found_by_its_name_and_says_what_it_is(family: str) -> None:
-    for name, part in registry.members(family).items():
+    for name in BUILT_IN[family]:  # other tests of this process define parts of their own
+        part = registry.lookup(family, name)
         assert part.name == name
         assert issubclass(part.config_type, PartConfig)
         assert registry.summary(part), f"{part.__qualname__} has no docstring"

@@ -24,6 +24,7 @@ optimizer: {lr: 1e-3}
 def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "good.yaml").write_text(GOOD)
+    (tmp_path / "rows.jsonl").write_text("")  # the command looks whether it is there
     return tmp_path
 
 
@@ -144,7 +145,7 @@ def test_a_run_is_launched_with_everything_that_was_said(folder, launched):
     assert call["resume"] == ""
     assert call["output_dir"].parent == Path("runs")
     assert call["output_dir"].name.startswith("good-2")
-    assert files(folder) == ["good.yaml"]
+    assert files(folder) == ["good.yaml", "rows.jsonl"]
 
 
 def test_a_directory_that_holds_a_run(folder, launched, capsys):
@@ -168,6 +169,7 @@ def test_resume(folder, launched):
     run = folder / "runs" / "good-1"
     run.mkdir(parents=True)
     (run / "recipe.yaml").write_text(GOOD)
+    (run / "rows.jsonl").write_text("")
     assert main(["resume", "runs/good-1"]) == 7
     assert main(["resume", "runs/good-1", "epochs=2", "--step", "12", "--num_gpus", "2"]) == 7
     assert main(["resume", "runs/good-1", "--num_gpus", "2", "--step=3"]) == 7
@@ -190,7 +192,7 @@ def test_validate(folder, capsys):
     assert "cannot run it yet" in out
     assert "sequence_parallel_size" in err
     assert "skip_validation: has no effect" in err
-    assert files(folder) == ["good.yaml"]
+    assert files(folder) == ["good.yaml", "rows.jsonl"]
 
 
 def test_help_version_list_init_schema(folder, capsys):

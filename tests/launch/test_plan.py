@@ -67,7 +67,8 @@ def test_the_launchers_voice_is_the_users_choice(words):
 
 
 @pytest.mark.parametrize("gpus", [0, 1])
-def test_one_local_process_needs_no_launcher(gpus):
+def test_one_local_process_needs_no_launcher(gpus, monkeypatch):
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
     program, environment = make([], gpus=gpus)
     assert program == [sys.executable, "-u", "-m", WORKER]
     assert (environment["RANK"], environment["WORLD_SIZE"]) == ("0", "1")
