@@ -122,3 +122,35 @@ def test_a_killed_run_is_the_run_that_was_never_killed(
     assert one.read_bytes() == other.read_bytes()
     assert not list(checkpoints.glob("*.partial"))
     assert len(list(checkpoints.glob("step-*"))) == 2
+
+
+def test_a_signal_stops_after_the_step_and_resume_goes_on_from_there(tmp_path: Path) -> None:
+    """Ctrl-C: exit code 130 and a checkpoint of the step that had ended; `resume` is then the same run."""
+    data = write_conversations(tmp_path / "data.jsonl", count=40)
+    content = recipe(
+        data, train_iters=60, micro_batch_size=2, gradient_accumulation_steps=2,
+        model__config={**recipe(data)["model"]["config"], "attention_dropout": 0.2},
+        checkpoint=[{"type": "deepspeed", "save_end_of_training": True}],
+    )  # fmt: skip
+    path = write_recipe(tmp_path / "recipe.yaml", content)
+    assert arctic_train(str(path), "output_dir=straight", cwd=tmp_path).returncode == 0
+    run = tmp_path / "stopped"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "arctic_like.cli.main", str(path), "output_dir=stopped"],
+        cwd=tmp_path, env=environment(), start_new_session=True, stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    while counted(run) < 5:
+        assert process.poll() is None
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 130, told
+    assert "Traceback" not in told
+    assert processes_of(run) == []
+    done = lines(run)[-1]["step"]
+    assert done < 60
+    assert [p.name for p in (run / "checkpoints").glob("step-*")] == [f"step-{done}"]
+    again = arctic_train("resume", "stopped", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert without_clocks(run) == without_clocks(tmp_path / "straight")
