@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 from arctic_like.callbacks.base import CallbackList
 from arctic_like.errors import Problem, RecipeError
+from arctic_like.metrics.ledger import Ledger
 from arctic_like.registry import build
 from arctic_like.run_info import RunInfo, supply
 from arctic_like.trainer.config import resolve_batch
 from arctic_like.trainer.continuity import check_continuity, check_samples
-from arctic_like.trainer.ledger import Ledger
 from arctic_like.world import World
 
 if TYPE_CHECKING:

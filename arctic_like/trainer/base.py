@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from arctic_like.errors import NonFiniteError, RunError
 from arctic_like.loss import Loss
+from arctic_like.metrics.ledger import terms_of
 from arctic_like.registry import Part
 from arctic_like.registry.factory_types import check_factory_types
 from arctic_like.trainer.config import TrainerConfig
-from arctic_like.trainer.ledger import terms_of
 from arctic_like.trainer.moments import Moments
 from arctic_like.trainer.progress import Progress, Result
 
@@ -552,7 +552,7 @@ class Trainer(Part, Moments, family="trainer"):
         return ", ".join(names) + (f" and {more} more" if more > 0 else "")
 
     def _evaluate_set(self, name: str, batches: Iterator[MicroBatch]) -> dict[str, float]:
-        from arctic_like.trainer.ledger import Ledger
+        from arctic_like.metrics.ledger import Ledger
 
         ledger = Ledger(device=self.device, host=self.session.host)
         for micro in batches:

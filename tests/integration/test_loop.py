@@ -373,3 +373,44 @@ def test_nothing_to_train_is_said_before_anything_is_written(tmp_path: Path) -> 
             train(tmp_path, recipe(source))
         assert source.name in str(caught.value)
         assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "zero",
+    [
+        {"stage": 2, "offload_optimizer": {"device": "cpu"}},
+        {"stage": 3, "offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}},
+    ],
+    ids=["optimizer", "optimizer and parameters"],
+)
+def test_offload_gives_the_same_run_and_resumes(
+    tmp_path: Path, data: Path, zero: dict[str, Any]
+) -> None:
+    saving = [{"type": "deepspeed", "save_every_n_steps": 2}]
+    content = recipe(data, train_iters=5, micro_batch_size=2, checkpoint=saving)
+    train(tmp_path / "plain", content)
+    content["deepspeed"] = {"zero_optimization": zero}
+    train(tmp_path / "offload", content)
+    train(tmp_path / "cut", content, "exit_iteration=3")
+    train(tmp_path / "cut", content, resume="latest")
+    plain, offload, cut = (train_lines(tmp_path / n / "run") for n in ("plain", "offload", "cut"))
+    for one, other, third in zip(plain, offload, cut, strict=True):
+        for key in ("loss", "grad_norm"):
+            assert other[key] == pytest.approx(one[key], rel=1e-5)
+            assert third[key] == other[key]
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_bf16_resumes_to_the_bit(tmp_path: Path, data: Path, stage: int) -> None:
+    shape = {**recipe(data)["model"]["config"], "attention_dropout": 0.2}
+    content = recipe(
+        data, train_iters=6, micro_batch_size=2, gradient_accumulation_steps=2, model__dtype="bf16",
+        model__config=shape, deepspeed__zero_optimization__stage=stage,
+        checkpoint=[{"type": "deepspeed", "save_every_n_steps": 2}],
+    )  # fmt: skip
+    train(tmp_path / "straight", content)
+    train(tmp_path / "cut", content, "exit_iteration=5")
+    train(tmp_path / "cut", content, resume="step-4")
+    assert [(x["loss"], x["grad_norm"]) for x in train_lines(tmp_path / "cut/run")] == [
+        (x["loss"], x["grad_norm"]) for x in train_lines(tmp_path / "straight/run")
+    ]
