@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING
 from arctic_like.checkpoint.base import CheckpointConfig, CheckpointEngine
 from arctic_like.checkpoint.layout import step_of
 from arctic_like.checkpoint.publish import (
-    ASIDE,
     REPLACED,
+    appear,
     aside,
     check_space,
     files_below,
+    remove,
     sync,
 )
 from arctic_like.errors import CheckpointError
@@ -101,9 +102,7 @@ def keep_exports(exports: Path, count: int) -> None:
         (step, path) for path in exports.iterdir() if (step := step_of(path)) is not None
     )
     for _, path in found[:-count]:
-        doomed = path.with_name(path.name + ASIDE)
-        path.rename(doomed)
-        shutil.rmtree(doomed)
+        remove(path)
 
 
 def _prepare(
@@ -156,19 +155,11 @@ def _write_description(
 
 
 def _publish(folder: Path) -> None:
-    """Give what was written aside its name, once it is on the disk; an older folder goes last."""
+    """Give what was written aside its name, once it is on the disk."""
     written = aside(folder)
     for name in files_below(written):
         sync(written / name)
-    for below in sorted({written, *(p for p in written.rglob("*") if p.is_dir())}):
-        sync(below)
-    replaced = folder.with_name(folder.name + REPLACED)
-    if folder.exists():
-        shutil.rmtree(replaced, ignore_errors=True)
-        folder.rename(replaced)
-    written.rename(folder)
-    sync(folder.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
+    appear(folder)
 
 
 def _not_written(directory: Path, problem: BaseException) -> CheckpointError:

@@ -68,14 +68,21 @@ def seal(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
 
 
 def publish(folder: Path, entries: dict[str, dict[str, Any]]) -> None:
-    """Write the marker into what was written aside and give it its name (one process).
-
-    An older folder of that name is removed once the new one stands in its place.
-    """
+    """Write the marker into what was written aside, and let it appear (one process)."""
     written = aside(folder)
     text = json.dumps({"version": 1, "files": dict(sorted(entries.items()))}, indent=1)
     (written / MARKER).write_text(text)
     sync(written / MARKER)
+    appear(folder)
+    point_latest(folder)
+
+
+def appear(folder: Path) -> None:
+    """Give what was written aside, whose files are on the disk, its name (one process).
+
+    An older folder of that name is removed once the new one stands in its place.
+    """
+    written = aside(folder)
     for below in sorted({written, *(p for p in written.rglob("*") if p.is_dir())}):
         sync(below)
     replaced = folder.with_name(folder.name + REPLACED)
@@ -84,8 +91,15 @@ def publish(folder: Path, entries: dict[str, dict[str, Any]]) -> None:
         folder.rename(replaced)
     written.rename(folder)
     sync(folder.parent)
-    point_latest(folder)
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+def remove(folder: Path) -> None:
+    """Remove a folder so that a kill half-way leaves nothing that looks whole."""
+    doomed = aside(folder)
+    shutil.rmtree(doomed, ignore_errors=True)
+    folder.rename(doomed)
+    shutil.rmtree(doomed)
 
 
 def point_latest(folder: Path) -> None:
@@ -142,9 +156,7 @@ def keep_last(checkpoints: Path, count: int | None) -> None:
     if count is None:
         return
     for path in complete_checkpoints(checkpoints)[: -max(count, 1)]:
-        doomed = path.with_name(path.name + ASIDE)
-        path.rename(doomed)
-        shutil.rmtree(doomed)
+        remove(path)
 
 
 def verify(folder: Path, names: Iterable[str]) -> None:
