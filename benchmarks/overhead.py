@@ -264,10 +264,10 @@ def processor() -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--blocks", type=int, default=25)
-    parser.add_argument("--steps-per-block", type=int, default=10)
+    parser.add_argument("--blocks", type=int, default=250)
+    parser.add_argument("--steps-per-block", type=int, default=2)
     parser.add_argument("--accumulation", type=int, default=1)
-    parser.add_argument("--length", type=int, default=96)
+    parser.add_argument("--length", type=int, default=72)
     parser.add_argument("--hidden-size", type=int, default=128)
     parser.add_argument("--zero-stage", type=int, default=2)
     parser.add_argument("--dtype", default="fp32")
