@@ -1,11 +1,9 @@
-"""What this machine has, found without importing torch: GPUs, cores, a free port."""
+"""What this machine has, found without importing torch: GPUs and cores."""
 
 from __future__ import annotations
 
 import os
-import random
 import re
-import socket
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -62,19 +60,3 @@ def usable_cores() -> int:
     except (OSError, ValueError):
         pass  # no control group (version 2), or "max": no quota
     return cores
-
-
-def free_port() -> int:
-    """A TCP port that nobody uses here, below the range that systems hand out for connections.
-
-    The ranks open it seconds later; a port of that range could be gone by then.
-    """
-    candidates = random.SystemRandom().sample(range(20000, 32000), 200)
-    for port in candidates:
-        with socket.socket() as trial:
-            try:
-                trial.bind(("", port))
-            except OSError:
-                continue
-            return port
-    return 0  # pragma: no cover - 200 ports taken

@@ -25,6 +25,7 @@ from typing import Any
 from arctic_like import stop
 from arctic_like.cli import devices
 from arctic_like.cli.launcher_options import LauncherOptions, parse_launcher_options
+from arctic_like.engine.host import free_port
 from arctic_like.errors import DONE, FAILED, INTERRUPTED, TERMINATED
 
 WORKER = "arctic_like.worker"
@@ -78,7 +79,7 @@ def plan(
     if not options.given and not options.multi_node and gpus <= 1:
         # No launcher: it would import torch and deepspeed twice more, 2.5 s before the first line.
         environment |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_SIZE": "1",
-                        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(devices.free_port()),
+                        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
                         **_threads(gpus, 1)}  # fmt: skip
         return [sys.executable, "-u", "-m", worker], environment
     words = list(options.given)
@@ -87,7 +88,7 @@ def plan(
         processes = 1  # DeepSpeed would start one for each NUMA node
         words += ["--num_gpus", "1"]
     if not options.port and not options.multi_node:
-        words += ["--master_port", str(devices.free_port())]
+        words += ["--master_port", str(free_port())]
     if not options.quiet:
         # What it has to say is chatter, or an exception follows; failed ranks speak for themselves.
         words += ["--log_level", "critical"]

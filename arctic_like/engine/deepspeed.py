@@ -54,15 +54,6 @@ class Engine:
         """L2 norm of the last step's full gradient: unscaled, before clipping. May lie on the device."""
         return self._norm
 
-    @property
-    def loss_scale(self) -> float:
-        """The current loss scale; 1 unless fp16."""
-        if not self.is_fp16:
-            return 1.0
-        optimizer = self.engine.optimizer
-        scale: Any = getattr(optimizer, "cur_scale", None) or getattr(optimizer, "loss_scale", 1.0)
-        return float(scale)
-
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Add the gradient of `loss`, already scaled to its share of the step; reduce on the `last`.
 

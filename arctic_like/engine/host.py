@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import random
 import socket
 import sys
 from collections.abc import Sequence
@@ -25,10 +26,19 @@ PATIENCE = timedelta(hours=12)
 
 
 def free_port() -> int:
-    """A TCP port that is free on this host now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A TCP port that nobody uses here, below the range that systems hand out for connections.
+
+    The ranks open it seconds later; a port of that range could be gone by then.
+    """
+    candidates = random.SystemRandom().sample(range(20000, 32000), 200)
+    for port in candidates:
+        with socket.socket() as trial:
+            try:
+                trial.bind(("", port))
+            except OSError:
+                continue
+            return port
+    return 0  # pragma: no cover - 200 ports taken
 
 
 def use_own_ninja() -> None:

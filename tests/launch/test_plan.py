@@ -13,6 +13,7 @@ from arctic_like import stop
 from arctic_like.cli import devices
 from arctic_like.cli.launch import plan
 from arctic_like.cli.launcher_options import FLAGS, VALUED, parse_launcher_options
+from arctic_like.engine.host import free_port
 from arctic_like.errors import RecipeError
 
 WORKER = "arctic_like.worker"
@@ -147,7 +148,7 @@ def test_free_port_is_free():
     import socket
 
     with socket.socket() as taken:
-        taken.bind(("", devices.free_port()))
+        taken.bind(("", free_port()))
 
 
 @given(st.dictionaries(st.text(), st.text().filter(lambda t: "\0" not in t)))
