@@ -163,11 +163,11 @@ class ExactMatch(Callback):
 def read_tasks(config: ExactMatchConfig, tokenizer: PreTrainedTokenizerBase) -> list[Task]:
     """The prompts of the source, in its order. Raises RecipeError naming the row that is wrong."""
     from arctic_like.data.base import SourceConfig, make_source
-    from arctic_like.data.prepare import chosen_rows
+    from arctic_like.data.prepare import chosen_rows, usable
     from arctic_like.data.shapes import RowError, conversation
 
     source = cast(SourceConfig, config.source)
-    rows = list(itertools.islice(chosen_rows(make_source(source)), config.limit))
+    rows = list(itertools.islice(usable(chosen_rows(make_source(source))), config.limit))
     if not rows:
         raise _wrong("holds no rows", "name a source with conversations")
     group_by = config.group_by

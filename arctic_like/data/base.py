@@ -25,7 +25,7 @@ from arctic_like.config.values import (
     RecipePath,
     UnnamedToo,
 )
-from arctic_like.errors import Problem
+from arctic_like.errors import Problem, RecipeError
 from arctic_like.registry import Part
 from arctic_like.registry.choice import Choice
 
@@ -38,11 +38,47 @@ if TYPE_CHECKING:
     from arctic_like.world import World
 
 LongSamples = Literal["error", "drop", "truncate_left", "truncate_right", "split"]
+OnBadSample = Literal["error", "skip"]
+TrainOn = Literal["assistant", "last_assistant", "all"]
+Shape = Literal[
+    "auto", "text", "messages", "sharegpt", "alpaca", "prompt_completion", "preference", "unpaired",
+    "question_answer", "tokenised",
+]  # fmt: skip
 Sample = dict[str, "NDArray[np.int64]"]
-"""`input_ids`, `labels`, `position_ids`: three int64 arrays of one length."""
+"""`input_ids`, `labels`, `position_ids`, and what a factory adds to each token (`source_ids`,
+`segment_ids`, …): int64 arrays of one length."""
+
+
+@dataclass(frozen=True)
+class BadRow:
+    """A row that cannot be used. Readers yield one in the place of the row, encoders list theirs;
+    `on_bad_sample` decides whether it ends the preparation or is counted.
+
+    message: follows the place in a sentence: value, rule. file, line: where it stands, if in a
+    file.
+    """
+
+    place: str
+    message: str
+    hint: str = ""
+    file: str = ""
+    line: int | None = None
+
+    def error(self) -> RecipeError:
+        """The error that names it."""
+        if self.file:
+            return RecipeError(
+                Problem(self.message, file=self.file, line=self.line, hint=self.hint)
+            )
+        hint = f"; {self.hint}" if self.hint else ""
+        return RecipeError(f"{self.place} {self.message}{hint}")
+
 
 Row = tuple[str, dict[str, Any]]
 """Where a row comes from ("train.jsonl:17"), and what stands in it."""
+
+ReadRow = tuple[str, dict[str, Any] | BadRow]
+"""A row as a source gives it: one that cannot be read stands there as a `BadRow`."""
 
 
 class SourceConfig(PartConfig):
@@ -55,6 +91,15 @@ class SourceConfig(PartConfig):
     name_or_path: NameOrPath = ""
     """A file (jsonl, json, parquet, csv, txt, also .gz), a glob of files, a folder, or a Hub name;
     `name:split` and `name:split[:100]` name a split and a part of it."""
+
+    shape: Shape = "auto"
+    """What the rows hold; found from the columns of the first rows unless given."""
+
+    label: str = ""
+    """Name of the source in reports and metrics; its file or data set unless given."""
+
+    revision: str | None = None
+    """Branch, tag or commit of a Hub data set."""
 
     split: str = ""
     """Split to read, `train` (`eval` for evaluation) unless given; may end with a slice:
@@ -69,6 +114,25 @@ class SourceConfig(PartConfig):
     sample_seed: HumanInt = 42
     """Which rows `sample_ratio` and `sample_count` draw."""
 
+    weight: HumanFloat | None = Field(default=None, gt=0)
+    """Share of this source in the mix, beside the other sources' weights (`data.mix_by`,
+    `data.mix_until`). Give it to all sources or to none."""
+
+    repeat: HumanFloat = Field(default=1.0, gt=0)
+    """How often the source is passed in one epoch: 2 sees every sample twice, 0.5 the other half
+    in the next epoch."""
+
+    long_samples: LongSamples | None = None
+    """What to do with documents of this source above `max_length`; `data.long_samples` unless
+    given."""
+
+    on_bad_sample: OnBadSample | None = None
+    """What to do with rows of this source that cannot be used; `data.on_bad_sample` unless
+    given."""
+
+    train_on: TrainOn | None = None
+    """What of this source's conversations is trained; `data.train_on` unless given."""
+
     process: bool = True
     """Off for rows that are tokenised already: they hold `input_ids`, and `labels` if not all are
     trained."""
@@ -80,8 +144,9 @@ class SourceConfig(PartConfig):
     """Other names of splits: `{train: train_sft, eval: test_sft}`."""
 
     role_mapping: dict[str, str] = Field(default_factory=dict)
-    """Role → where its text stands: a column (`{user: question, assistant: answer}`), or the turns
-    of a list (`{user: conversations.from.human, assistant: conversations.from.gpt}`)."""
+    """Role → where its text stands: a column (`{user: question, assistant: answer}`), the turns
+    of a list (`{user: conversations.from.human, assistant: conversations.from.gpt}`), or a template
+    of columns (`{user: "{{ question }} {{ context }}"}`)."""
 
     content_key: str = ""
     """Key of a turn's text in lists of turns; found among content, value, text, message unless
@@ -89,6 +154,11 @@ class SourceConfig(PartConfig):
 
     column: str = ""
     """Column that holds the text or the turns, where it is not one of the usual names."""
+
+    @property
+    def title(self) -> str:
+        """The source's name in reports and metrics."""
+        return self.label or self.name_or_path or self.type
 
     @model_validator(mode="after")
     def _one_way_to_draw(self) -> SourceConfig:
@@ -109,6 +179,7 @@ Sources = Annotated[list[AnySource], OneOrMany()]
 class DataConfig(PartConfig):
     """The recipe's `data:`."""
 
+    aliases = {"pad_to_multiple_of": "div_length"}
     no_effect = {
         "cache_fs_type": "the preparing process is found by a lock in the cache itself, which is "
         "right on local and on shared file systems",
@@ -139,6 +210,24 @@ class DataConfig(PartConfig):
     `drop` for conversations (a cut one would teach wrong endings or answers to nothing) and `split`
     for text."""
 
+    on_bad_sample: OnBadSample = "error"
+    """What to do with rows that cannot be used (broken JSON, no content, roles out of order): end
+    with the first one's file, line and what is expected, or `skip` and count them."""
+
+    mix_by: Literal["sample", "token"] = "sample"
+    """What the sources' `weight`s are shares of."""
+
+    mix_until: Literal["first_exhausted", "all_exhausted"] = "first_exhausted"
+    """How long an epoch of weighted sources is: until the first of them is passed once (none is
+    repeated), or until all are (small ones are repeated)."""
+
+    streaming: bool = False
+    """Read, tokenise and pack while training, block after block, for data that does not fit on
+    disk. Needs `train_iters`; resumes exactly."""
+
+    streaming_window: HumanInt = Field(default=4096, ge=1)
+    """Rows of one block in streaming: what is shuffled and packed together."""
+
     filter_samples: bool = True
     """On is `long_samples: drop`; off needs `long_samples` to say what else."""
 
@@ -150,7 +239,18 @@ class DataConfig(PartConfig):
     rest of a document opens the next sample, as a document of its own."""
 
     mask_inputs: bool = True
-    """Train only what the assistant wrote; off trains every token of a conversation."""
+    """Train only what the assistant wrote; off is `train_on: all`."""
+
+    train_on: TrainOn | None = None
+    """What of a conversation is trained: `assistant` (every answer, the default),
+    `last_assistant` (the last one), `all` (every token). A message's own `train: true/false`, or
+    `train: [[start, stop], …]` in characters of its content, goes before it."""
+
+    train_end_of_turn: bool = True
+    """Train the token that ends an answer, so that the model learns to stop."""
+
+    thinking: Literal["keep", "drop"] = "keep"
+    """Keep `<think>…</think>` blocks of answers, or take them out before rendering."""
 
     ignore_empty_think: bool = False
     """Leave an empty `<think></think>` at the start of an answer untrained."""
@@ -160,6 +260,20 @@ class DataConfig(PartConfig):
 
     div_length: HumanInt = Field(default=8, ge=1)
     """Lengths of padded micro-batches are multiples of this, but never above `max_length`."""
+
+    group_by_length: bool = False
+    """Put samples of like length into the same global batch, for less padding of what is not
+    packed. Depends on data, seed and global batch size only."""
+
+    max_tokens_per_batch: HumanInt | None = Field(default=None, ge=1)
+    """Cut each rank's share of a global batch into micro-batches of at most so many tokens, padding
+    included, in place of `micro_batch_size` rows."""
+
+    balance: bool = True
+    """Give every rank and micro-batch of a global batch about the same work, by length."""
+
+    source_metrics: bool | None = None
+    """Log each source's loss and trained tokens; on unless given where there are several."""
 
     drop_last: bool = False
     """Leave out the short last global batch of each epoch (other samples in each epoch)."""
@@ -175,6 +289,10 @@ class DataConfig(PartConfig):
 
     cache_dir: RecipePath | None = None
     """Where tokenised data is kept; $ARCTIC_LIKE_CACHE, or ~/.cache/arctic_like, unless given."""
+
+    verify_content: bool = False
+    """Read the content of every file again, even where path, size, time and inode are as when its
+    hash was remembered."""
 
     fail_on_missing_cache: bool = False
     """Refuse to tokenise: stop unless all data is in the cache."""
@@ -201,6 +319,17 @@ class DataConfig(PartConfig):
         if one or isinstance(value, str):
             raise wrong("is one source; expected is a list", hint="put `- ` before the source")
         return value
+
+    @model_validator(mode="after")
+    def _masked_one_way(self) -> DataConfig:
+        if self.given("mask_inputs") and self.train_on is not None:
+            raise wrong("and train_on are both given", place="mask_inputs", hint="keep train_on")
+        return self
+
+    @property
+    def trained_turns(self) -> TrainOn:
+        """`train_on`, also where the recipe says it by `mask_inputs`."""
+        return self.train_on or ("assistant" if self.mask_inputs else "all")
 
     @model_validator(mode="after")
     def _split_adds_up(self) -> DataConfig:
@@ -239,7 +368,7 @@ class DataSource(Part, family="source"):
         """What is wrong and can be seen at once, without reading: places below the source's own."""
         return []
 
-    def rows(self) -> Iterator[Row]:
+    def rows(self) -> Iterator[ReadRow]:
         """Every row with its place, in an order that never changes. Sampling is not its
         business."""
         raise NotImplementedError

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -11,19 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from arctic_like.data import shapes
-from arctic_like.data.base import Row, SourceConfig
-from arctic_like.data.masks import TextEncoder, token_mask
-from arctic_like.data.templates import ChatTemplate, Rendered
-from arctic_like.errors import RecipeError
+from arctic_like.data.base import BadRow, ReadRow, Row
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-    from transformers import PreTrainedTokenizerBase
 
 _BATCH_ROWS = 1024
 _BATCH_CHARACTERS = 1 << 22
-_EMPTY_THINK = re.compile(r"\s*<think>\s*</think>\s*")
 
 
 @dataclass
@@ -31,7 +24,8 @@ class Encoded:
     """Documents of one batch of rows.
 
     places: where each comes from. lengths: int64, tokens of each. tokens: int32, trained: uint8, of
-    all, flat. counts: what else is to be reported, by name.
+    all, flat. counts: what else is to be reported, by name. bad: rows that became no document.
+    columns: further values, one a document (the label of an unpaired preference, say).
     """
 
     places: list[str]
@@ -39,17 +33,20 @@ class Encoded:
     tokens: NDArray[np.int32]
     trained: NDArray[np.uint8]
     counts: Counter[str] = field(default_factory=Counter)
+    bad: list[BadRow] = field(default_factory=list)
+    columns: dict[str, NDArray[np.int64]] = field(default_factory=dict)
 
 
 Encoder = Callable[[Sequence[Row]], Encoded]
 
 
-def _joined(
+def joined(
     places: list[str],
     tokens: list[NDArray[np.int32]],
     trained: list[NDArray[np.uint8]],
     counts: Counter[str],
 ) -> Encoded:
+    """Documents that stand one by one, as one batch."""
     lengths = np.array([len(part) for part in tokens], dtype=np.int64)
     none = np.zeros(0, dtype=np.int32)
     return Encoded(
@@ -59,115 +56,6 @@ def _joined(
         np.concatenate([none.astype(np.uint8), *trained]),
         counts,
     )
-
-
-def _at(place: str, error: shapes.RowError) -> RecipeError:
-    return RecipeError(f"{place} {error}")
-
-
-class ConversationEncoder:
-    """Renders conversations with the chat template and trains what the assistant wrote."""
-
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        source: SourceConfig,
-        *,
-        mask_inputs: bool,
-        ignore_empty_think: bool,
-    ) -> None:
-        self.source = source
-        self.mask_inputs = mask_inputs
-        self.ignore_empty_think = ignore_empty_think
-        self.template = ChatTemplate(tokenizer)
-        self.encode = TextEncoder(tokenizer)
-
-    def __call__(self, rows: Sequence[Row]) -> Encoded:
-        """Raises RecipeError naming the row that is broken or cannot be masked exactly."""
-        rendered = [self._render(place, row) for place, row in rows]
-        encodings = self.encode([one.text for one in rendered], add_special_tokens=False)
-        counts: Counter[str] = Counter()
-        tokens, trained = [], []
-        for (place, _), one, encoding in zip(rows, rendered, encodings, strict=True):
-            try:
-                mask = token_mask(encoding, one.spans)
-            except ValueError as error:
-                raise RecipeError(f"{place} cannot be masked exactly: {error}") from None
-            tokens.append(np.array(encoding.ids, dtype=np.int32))
-            trained.append(mask.trained)
-            counts["straddling"] += mask.straddling
-            counts["endless"] += one.endless
-        return _joined([place for place, _ in rows], tokens, trained, counts)
-
-    def _render(self, place: str, row: dict[str, Any]) -> Rendered:
-        try:
-            messages = shapes.conversation(row, self.source)
-            if not self.mask_inputs:
-                plain = [{k: v for k, v in m.items() if k != "train"} for m in messages]
-                text = self.template.render(plain)
-                return Rendered(text, [(0, len(text))])
-            found = self.template.trained(messages)
-        except shapes.RowError as error:
-            raise _at(place, error) from None
-        if self.ignore_empty_think:
-            spans = [_past_empty_think(found.text, start, end) for start, end in found.spans]
-            return Rendered(found.text, spans, found.endless)
-        return found
-
-
-def _past_empty_think(text: str, start: int, end: int) -> tuple[int, int]:
-    match = _EMPTY_THINK.match(text, start, end)
-    return (match.end(), end) if match else (start, end)
-
-
-class DocumentEncoder:
-    """Texts, with the tokens that the tokenizer puts around them and its end token, all trained."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, source: SourceConfig) -> None:
-        self.source = source
-        self.encode = TextEncoder(tokenizer)
-        if tokenizer.eos_token_id is None:
-            raise RecipeError("the tokenizer has no end token, with which a text must end")
-        self.end = int(tokenizer.eos_token_id)
-
-    def __call__(self, rows: Sequence[Row]) -> Encoded:
-        """Raises RecipeError naming the row that is broken. An empty text is one end token."""
-        texts = []
-        for place, row in rows:
-            try:
-                texts.append(shapes.text(row, self.source))
-            except shapes.RowError as error:
-                raise _at(place, error) from None
-        tokens = []
-        for encoding in self.encode(texts, add_special_tokens=True):
-            ids = encoding.ids
-            tokens.append(np.array(ids if ids[-1:] == [self.end] else [*ids, self.end], np.int32))
-        trained = [np.ones(len(ids), dtype=np.uint8) for ids in tokens]
-        return _joined([place for place, _ in rows], tokens, trained, Counter())
-
-
-class TokenEncoder:
-    """Rows that are tokenised already."""
-
-    def __init__(self, vocabulary: int) -> None:
-        self.vocabulary = vocabulary
-
-    def __call__(self, rows: Sequence[Row]) -> Encoded:
-        """Raises RecipeError naming the row that is broken."""
-        tokens, trained = [], []
-        for place, row in rows:
-            try:
-                ids, mask = shapes.tokens(row)
-            except shapes.RowError as error:
-                raise _at(place, error) from None
-            if ids and not 0 <= min(ids) <= max(ids) < self.vocabulary:
-                raise RecipeError(
-                    f"{place} has tokens from {min(ids)} to {max(ids)}; the tokenizer has "
-                    f"{self.vocabulary}"
-                )
-            tokens.append(np.array(ids, dtype=np.int32))
-            trained.append(np.array(mask, dtype=np.uint8))
-        return _joined([place for place, _ in rows], tokens, trained, Counter())
 
 
 def _size(value: Any) -> int:
@@ -181,13 +69,15 @@ def _size(value: Any) -> int:
     return 1
 
 
-def batched(rows: Iterable[Row]) -> Iterator[list[Row]]:
+def batched(rows: Iterable[ReadRow]) -> Iterator[list[Row]]:
     """Rows in batches that are bounded in number and in characters."""
     batch: list[Row] = []
     size = 0
-    for row in rows:
-        batch.append(row)
-        size += _size(row[1])
+    for place, row in rows:
+        if isinstance(row, BadRow):
+            raise row.error()
+        batch.append((place, row))
+        size += _size(row)
         if len(batch) >= _BATCH_ROWS or size >= _BATCH_CHARACTERS:
             yield batch
             batch, size = [], 0
@@ -195,7 +85,7 @@ def batched(rows: Iterable[Row]) -> Iterator[list[Row]]:
         yield batch
 
 
-def encoded(rows: Iterable[Row], encoder: Encoder, *, num_proc: int) -> Iterator[Encoded]:
+def encoded(rows: Iterable[ReadRow], encoder: Encoder, *, num_proc: int) -> Iterator[Encoded]:
     """The documents of all rows, in order; with `num_proc` above 1 by that many processes.
 
     Only a few batches are under way at any time.

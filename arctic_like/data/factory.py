@@ -169,7 +169,7 @@ class TokenDataFactory(DataFactory):
         return ", ".join(make_source(source).describe() for source in sources)
 
     def _encoder(self, tokenizer: PreTrainedTokenizerBase, source: SourceConfig) -> Encoder:
-        from arctic_like.data.encode import TokenEncoder
+        from arctic_like.data.encoders import TokenEncoder
 
         return self.encoder(tokenizer, source) if source.process else TokenEncoder(len(tokenizer))
 
@@ -221,7 +221,7 @@ class SFTDataFactory(TokenDataFactory):
     default_long = "drop"
 
     def encoder(self, tokenizer: PreTrainedTokenizerBase, source: SourceConfig) -> Encoder:
-        from arctic_like.data.encode import ConversationEncoder
+        from arctic_like.data.encoders import ConversationEncoder
 
         return ConversationEncoder(
             tokenizer,
@@ -246,7 +246,7 @@ class CausalDataFactory(TokenDataFactory):
     default_long = "split"
 
     def encoder(self, tokenizer: PreTrainedTokenizerBase, source: SourceConfig) -> Encoder:
-        from arctic_like.data.encode import DocumentEncoder
+        from arctic_like.data.encoders import DocumentEncoder
 
         return DocumentEncoder(tokenizer, source)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from arctic_like.data.base import DataSource, Row, SourceConfig
+from arctic_like.data.base import BadRow, DataSource, ReadRow, Row, SourceConfig
 from arctic_like.errors import Problem, RecipeError
 
 EVALUATION_SPLITS = ("eval", "validation", "valid", "val", "dev", "test")
@@ -105,7 +105,7 @@ class HFSource(DataSource):
             )
         ]
 
-    def rows(self) -> Iterator[Row]:
+    def rows(self) -> Iterator[ReadRow]:
         name, part = named_part(self.config)
         files = local_files(name, part.split)
         if files:
@@ -126,7 +126,7 @@ class HFSource(DataSource):
         picked = [] if table._indices is None else table._indices.column(0).to_pylist()
         return key_of([name, bounds, [file_hash(path) for path in stored], picked])
 
-    def _file_rows(self, files: list[Path]) -> Iterator[Row]:
+    def _file_rows(self, files: list[Path]) -> Iterator[ReadRow]:
         from arctic_like.data.readers import reader_of
 
         for path in files:
@@ -244,7 +244,7 @@ def _names_of(split: str) -> tuple[str, ...]:
     return EVALUATION_SPLITS if split == "eval" else (split,)
 
 
-def _stretch(rows: Any, part: Stretch) -> Iterator[Row]:
+def _stretch(rows: Any, part: Stretch) -> Iterator[ReadRow]:
     """The rows that a part names; they are counted first only where a bound needs the total."""
     needs_total = any(
         bound.startswith("-") or bound.endswith("%") for bound in (part.start, part.stop)
@@ -274,7 +274,7 @@ def _picked(table: Any, part: Stretch, name: str) -> Any:
     return table.select(part.rows(len(table))) if part.start or part.stop else table
 
 
-def _table_rows(table: Any, name: str) -> Iterator[Row]:
+def _table_rows(table: Any, name: str) -> Iterator[ReadRow]:
     for number, row in enumerate(table, 1):
         yield f"{name}:{number}", row
 
@@ -293,8 +293,12 @@ def _no_such_data(name: str, *, hub: bool, error: Exception | None = None) -> Re
 
 def read_conversations(source: str | Path | SourceConfig) -> Iterator[Row]:
     """The raw rows of a source with their places, as they stand in the file: for a callback that
-    generates from prompts, say. A bare path or name is read as the recipe reads one."""
+    generates from prompts, say. A bare path or name is read as the recipe reads one. Raises
+    RecipeError at a row that cannot be read."""
     from arctic_like.data.base import make_source
 
     config = source if isinstance(source, SourceConfig) else SourceConfig(name_or_path=str(source))
-    return make_source(config).rows()
+    for place, row in make_source(config).rows():
+        if isinstance(row, BadRow):
+            raise row.error()
+        yield place, row

@@ -8,7 +8,7 @@ import pickle
 import numpy as np
 import pytest
 
-from arctic_like.data import encode
+from arctic_like.data import encode, encoders
 from arctic_like.data.factory import (
     CausalDataFactory,
     DPODataFactory,
@@ -302,7 +302,7 @@ def test_a_warm_cache_tokenises_nothing(folder, tokenizer, monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("tokenised again")
 
-    monkeypatch.setattr(encode.TextEncoder, "__call__", refuse)
+    monkeypatch.setattr(encoders.TextEncoder, "__call__", refuse)
     second = prepared(folder, tokenizer, fail_on_missing_cache=True)
     assert documents(first.train) == documents(second.train)
     # another length or packing needs no tokens again
