@@ -9,7 +9,7 @@ Light: no numpy, pyarrow or torch is imported with this module.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
@@ -79,6 +79,12 @@ Row = tuple[str, dict[str, Any]]
 
 ReadRow = tuple[str, dict[str, Any] | BadRow]
 """A row as a source gives it: one that cannot be read stands there as a `BadRow`."""
+
+Cursor = dict[str, Any]
+"""A place between two rows of a source, as JSON; what is in it is the source's own business."""
+
+Followed = tuple[Cursor, str, dict[str, Any] | BadRow]
+"""The cursor after a row, the row's place, and the row."""
 
 
 class SourceConfig(PartConfig):
@@ -373,6 +379,17 @@ class DataSource(Part, family="source"):
         business."""
         raise NotImplementedError
 
+    def rows_from(self, cursor: Cursor | None = None) -> Iterator[Followed]:
+        """The rows of `rows` after a cursor (None: from the first on), each with the cursor after
+        it, for streaming. By default the cursor counts rows, and those before it are read again.
+
+        A cursor belongs to the source's config as it was, and to rows that have not changed.
+        """
+        passed = 0 if cursor is None else int(cursor["rows"])
+        for count, (place, row) in enumerate(self.rows(), 1):
+            if count > passed:
+                yield {"rows": count}, place, row
+
     def content_key(self) -> str:
         """Changes exactly when the rows change. By default found by reading all of them."""
         import json
@@ -462,6 +479,14 @@ class DataFactory(Part, family="data"):
         prepare.
         """
         raise NotImplementedError
+
+
+def usable(rows: Iterable[ReadRow]) -> Iterator[Row]:
+    """The rows as they are. Raises RecipeError at the first one that cannot be read."""
+    for place, row in rows:
+        if isinstance(row, BadRow):
+            raise row.error()
+        yield place, row
 
 
 def make_source(config: SourceConfig) -> DataSource:

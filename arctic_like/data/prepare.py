@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from arctic_like.data import cache, packing
-from arctic_like.data.base import BadRow, DataSource, LongSamples, ReadRow, Row
+from arctic_like.data.base import DataSource, LongSamples, ReadRow
 from arctic_like.data.documents import Documents, DocumentWriter
 from arctic_like.data.encode import Encoder, encoded
 from arctic_like.data.order import key_of, permute
@@ -100,14 +100,6 @@ def chosen_rows(source: DataSource) -> Iterator[ReadRow]:
     if count:
         wanted[permute(np.arange(count), size=total, key=key_of(config.sample_seed))] = True
     yield from (row for take, row in zip(wanted, source.rows(), strict=True) if take)
-
-
-def usable(rows: Iterable[ReadRow]) -> Iterator[Row]:
-    """The rows as they are. Raises RecipeError at the first one that cannot be read."""
-    for place, row in rows:
-        if isinstance(row, BadRow):
-            raise row.error()
-        yield place, row
 
 
 def _write_documents(

@@ -6,7 +6,9 @@ knows them, and `train: false` where an assistant's turn is context only.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -19,7 +21,30 @@ Message = dict[str, Any]
 
 
 class RowError(ValueError):
-    """A row that cannot be used; its text says what is there and what is expected."""
+    """A row that cannot be used; its text says what is there and what is expected, `hint` the way
+    out."""
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        self.hint = hint
+        super().__init__(message)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A preference: two answers to one prompt."""
+
+    prompt: list[Message]
+    chosen: list[Message]
+    rejected: list[Message]
+
+
+@dataclass(frozen=True)
+class Unpaired:
+    """A conversation, of which the last turns are the answer (the others have `train: false`), and
+    whether the answer is wanted."""
+
+    messages: list[Message]
+    label: bool
 
 
 def conversation(row: dict[str, Any], config: SourceConfig) -> list[Message]:
@@ -61,6 +86,50 @@ def text(row: dict[str, Any], config: SourceConfig) -> str:
     if not isinstance(value, str):
         raise RowError(f"has {_kind(value)} in {name!r}; expected is text")
     return value
+
+
+def tools(row: dict[str, Any]) -> list[Any] | None:
+    """The tools that a conversation may call: the column `tools`, a list or its JSON. Raises
+    RowError."""
+    value = row.get("tools")
+    if isinstance(value, str) and value.strip():
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise RowError(f"has no JSON in 'tools' ({error}); expected is a list") from None
+    if value is None or value in ("", []):
+        return None
+    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
+        raise RowError(f"has {_kind(value)} in 'tools'; expected is a list of maps")
+    return value
+
+
+def pair(row: dict[str, Any], config: SourceConfig) -> Pair:
+    """The preference of a row: `chosen` and `rejected`, with a `prompt` or what they have in
+    common. Raises RowError."""
+    for name in ("chosen", "rejected"):
+        if name not in row:
+            raise RowError(
+                f"has the columns {_names(row)}; expected is `chosen` and `rejected`, and `prompt`"
+            )
+    chosen = _as_turns(row["chosen"], "chosen", "assistant", config)
+    rejected = _as_turns(row["rejected"], "rejected", "assistant", config)
+    if row.get("prompt") is not None:
+        prompt = _as_turns(row["prompt"], "prompt", "user", config)
+    else:
+        prompt = []
+    common = 0
+    limit = min(len(chosen), len(rejected)) - 1
+    while not prompt and common < limit and chosen[common] == rejected[common]:
+        common += 1
+    return Pair(prompt or chosen[:common], chosen[common:], rejected[common:])
+
+
+def unpaired(row: dict[str, Any], config: SourceConfig) -> Unpaired:
+    """The judged answer of a row: `prompt`, `completion` and `label`. Raises RowError."""
+    if not isinstance(row.get("label"), bool):
+        raise RowError(f"has {_kind(row.get('label'))} in 'label'; expected is true or false")
+    return Unpaired(conversation(row, config), row["label"])
 
 
 def tokens(row: dict[str, Any]) -> tuple[Sequence[int], Sequence[bool]]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from arctic_like.data.base import BadRow, DataSource, ReadRow, Row, SourceConfig
+from arctic_like.data.base import DataSource, ReadRow, Row, SourceConfig, make_source, usable
 from arctic_like.errors import Problem, RecipeError
 
 EVALUATION_SPLITS = ("eval", "validation", "valid", "val", "dev", "test")
@@ -295,10 +295,5 @@ def read_conversations(source: str | Path | SourceConfig) -> Iterator[Row]:
     """The raw rows of a source with their places, as they stand in the file: for a callback that
     generates from prompts, say. A bare path or name is read as the recipe reads one. Raises
     RecipeError at a row that cannot be read."""
-    from arctic_like.data.base import make_source
-
     config = source if isinstance(source, SourceConfig) else SourceConfig(name_or_path=str(source))
-    for place, row in make_source(config).rows():
-        if isinstance(row, BadRow):
-            raise row.error()
-        yield place, row
+    return usable(make_source(config).rows())
