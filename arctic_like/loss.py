@@ -17,8 +17,12 @@ class Loss:
     mean: scalar tensor with gradient, the mean over `weight` (trained tokens, pairs, …).
     weight: what the mean was taken over; must equal `Trainer.weight(batch)`. None: not stated.
     values: further numbers to log, name → (mean over `weight`) as float or detached scalar tensor.
+    groups: numbers whose mean is over something else, name → (sum, weight of the sum): the loss of one
+    source, the accuracy over the rows that have an answer. Logged where the weight is not 0. Every
+    micro-batch of every rank must give the same names, with zeros where it has nothing.
     """
 
     mean: Tensor
     weight: float | None = None
     values: Mapping[str, Tensor | float] = field(default_factory=dict)
+    groups: Mapping[str, tuple[Tensor | float, Tensor | float]] = field(default_factory=dict)

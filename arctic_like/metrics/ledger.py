@@ -6,7 +6,7 @@ An average carries its weight until the last moment. Nothing here waits for the 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from arctic_like.loss import Loss
@@ -26,34 +26,53 @@ class Means:
     values: dict[str, float]
     weight: float
     """Total weight of all ranks."""
+    weights: dict[str, float] = field(default_factory=dict)
+    """Of each group that has one: the weight that its mean was taken over, of all ranks."""
 
 
 @dataclass(frozen=True)
 class Terms:
-    """What one micro-batch adds to a ledger: name → value × weight (float64, on the device)."""
+    """What one micro-batch adds to a ledger: name → value × weight (float64, on the device).
+
+    groups: name → (sum, weight), for what is not a mean over `weight`.
+    """
 
     sums: dict[str, Tensor]
     weight: float
     first_bad: Tensor | None
     """The step if its loss is not finite, else `NEVER`."""
+    groups: dict[str, tuple[Tensor, Tensor]]
 
 
-def terms_of(loss: Loss, weight: float, *, step: int = 0) -> Terms:
+def terms_of(
+    loss: Loss, weight: float, *, step: int = 0, prefix: str = "", stated: bool = True
+) -> Terms:
     """A micro-batch's terms. Several ledgers take them, so that the products are made once.
 
+    prefix: stands before every name (`critic/`). stated: off where there is no loss but other values.
     With a weight of 0 (a rank with nothing to do) the terms are zeros under the same names, so that
     all ranks reduce the same list.
     """
     import torch
 
     mean = loss.mean.detach().double()
+    names = [*(["loss"] if stated else []), *loss.values]
+    zero = torch.zeros_like(mean)
     if weight == 0:
-        zero = torch.zeros_like(mean)
-        return Terms(dict.fromkeys(("loss", *loss.values), zero), 0.0, None)
-    sums = {"loss": mean * weight}
-    for name, value in loss.values.items():
-        sums[name] = torch.as_tensor(value, device=mean.device).detach().double() * weight
-    return Terms(sums, weight, torch.where(torch.isfinite(mean), NEVER, float(step)))
+        nothing = {f"{prefix}{name}": (zero, zero) for name in loss.groups}
+        return Terms({f"{prefix}{name}": zero for name in names}, 0.0, None, nothing)
+
+    def number(value: Tensor | float) -> Tensor:
+        return torch.as_tensor(value, device=mean.device).detach().double()
+
+    sums = {f"{prefix}loss": mean * weight} if stated else {}
+    sums |= {f"{prefix}{name}": number(value) * weight for name, value in loss.values.items()}
+    groups = {
+        f"{prefix}{name}": (number(total), number(over))
+        for name, (total, over) in loss.groups.items()
+    }
+    bad = torch.where(torch.isfinite(mean), NEVER, float(step)) if stated else None
+    return Terms(sums, weight, bad, groups)
 
 
 class Ledger:
@@ -63,6 +82,7 @@ class Ledger:
         self._device = device
         self._host = host
         self._sums: dict[str, Tensor] = {}
+        self._groups: dict[str, tuple[Tensor, Tensor]] = {}
         self._weight = 0.0
         self._first_bad: Tensor | None = None
 
@@ -70,6 +90,8 @@ class Ledger:
         """Take in a micro-batch; no synchronisation."""
         for name, value in terms.sums.items():
             self._accumulate(name, value)
+        for name, pair in terms.groups.items():
+            self._accumulate_group(name, pair)
         self._weight += terms.weight
         if terms.first_bad is not None:
             have, new = self._first_bad, terms.first_bad
@@ -79,21 +101,34 @@ class Ledger:
         have = self._sums.get(name)
         self._sums[name] = value if have is None else have + value
 
+    def _accumulate_group(self, name: str, pair: tuple[Tensor, Tensor]) -> None:
+        have = self._groups.get(name)
+        self._groups[name] = pair if have is None else (have[0] + pair[0], have[1] + pair[1])
+
     def read(self, *, reset: bool = True) -> Means:
-        """Means over all ranks since the last reset. Waits for the device; collective."""
-        names = sorted(self._sums)
+        """Means over all ranks since the last reset. Waits for the device; collective.
+
+        A group without weight in that time has no mean and is left out.
+        """
         import torch
 
-        local = torch.stack([self._sums[name] for name in names]).tolist() if names else []
+        names, groups = sorted(self._sums), sorted(self._groups)
+        parts = [self._sums[name] for name in names]
+        for name in groups:
+            parts += self._groups[name]
+        local = torch.stack(parts).tolist() if parts else []
         *sums, weight = self._host.sum([*local, self._weight])
         means = {name: total / weight for name, total in zip(names, sums)} if weight else {}
+        rest = sums[len(names) :]
+        weights = dict(zip(groups, rest[1::2]))
+        means |= {n: total / weights[n] for n, total in zip(groups, rest[::2]) if weights[n]}
         if reset:
             self.reset()
-        return Means(means, weight)
+        return Means(means, weight, {name: over for name, over in weights.items() if over})
 
     def reset(self) -> None:
         """Forget the sums (not the first bad step)."""
-        self._sums = {}
+        self._sums, self._groups = {}, {}
         self._weight = 0.0
 
     def first_bad_step(self) -> int | None:
@@ -104,7 +139,11 @@ class Ledger:
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's sums, exactly."""
-        return {"sums": {k: v.cpu() for k, v in self._sums.items()}, "weight": self._weight}
+        return {
+            "sums": {k: v.cpu() for k, v in self._sums.items()},
+            "groups": {k: (s.cpu(), w.cpu()) for k, (s, w) in self._groups.items()},
+            "weight": self._weight,
+        }
 
     def load_state_dict(self, states: list[dict[str, Any]]) -> None:
         """Take back what `state_dict` gave; several ranks' states are added up."""
@@ -112,4 +151,6 @@ class Ledger:
         for state in states:
             for name, value in state["sums"].items():
                 self._accumulate(name, value.to(self._device))
+            for name, (total, over) in state["groups"].items():
+                self._accumulate_group(name, (total.to(self._device), over.to(self._device)))
             self._weight += state["weight"]
