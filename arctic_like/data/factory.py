@@ -135,10 +135,22 @@ class TokenDataFactory(DataFactory):
             report=report({**({"train": train} if train else {}), **sets}, cut),
         )
 
-    def _sets(self, entries: Any, cut: Cut, store: Store) -> dict[str, Prepared]:
-        """Name → set: `train` first, then the evaluation sets in the recipe's order."""
+    def samples(
+        self,
+        entries: list[Path],
+        cut: Cut,
+        *,
+        store: Store,
+        share: tuple[float, float] = (0.0, 1.0),
+    ) -> Prepared:
+        """The samples of one set from its documents: `prepare.samples`, unless a subclass knows
+        what belongs together."""
         from arctic_like.data.prepare import samples
 
+        return samples(entries, cut, store=store, share=share)
+
+    def _sets(self, entries: Any, cut: Cut, store: Store) -> dict[str, Prepared]:
+        """Name → set: `train` first, then the evaluation sets in the recipe's order."""
         config = self.config
         if "train" in config.eval_sources:
             raise RecipeError(
@@ -148,12 +160,12 @@ class TokenDataFactory(DataFactory):
         if config.sources:
             trained = entries(config.sources)
             share = config.train_eval_split[0]
-            sets["train"] = samples(trained, cut, store=store, share=(0.0, share))
+            sets["train"] = self.samples(trained, cut, store=store, share=(0.0, share))
             if share < 1:
-                sets["eval"] = samples(trained, cut, store=store, share=(share, 1.0))
+                sets["eval"] = self.samples(trained, cut, store=store, share=(share, 1.0))
         for name, sources in config.eval_sources.items():
             found = entries([_for_evaluation(source) for source in sources])
-            sets[name] = samples(found, cut, store=store)
+            sets[name] = self.samples(found, cut, store=store)
         if not sets:
             raise RecipeError(
                 Problem(
