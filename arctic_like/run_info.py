@@ -31,6 +31,8 @@ class RunInfo:
     training_horizon: int | None = None
     """Optimizer steps of the whole run; known once the data is."""
     warmup_steps: int | None = None
+    deepspeed: dict[str, Any] = field(default_factory=dict)
+    """The recipe's `deepspeed:` section, as stated."""
     facts: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
 
     @property

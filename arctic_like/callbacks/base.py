@@ -5,39 +5,54 @@ in the recipe's order). This is the whole run:
 
     on_run_start
       on_setup_start
-        on_part_start(part) · on_part_end(part)          tokenizer, data, model, optimizer, …
+        on_part_start(part) · on_part_end(part)          tokenizer, data; of each learner: model,
+                                                         optimizer, engine, scheduler
       on_setup_end
       on_train_start
         on_evaluate_start · on_evaluate_end(results)     if eval_at_start
         for each epoch:
           on_epoch_start
           for each step:                                 a step is an optimizer step
-            on_step_start
-            for each micro-batch:
+            on_step_start                                ┐ around_step
+            for each micro-batch:                        │ (of every learner that is updated)
               on_micro_batch_start(batch)
                 loss(batch), backward
               on_micro_batch_end(batch, loss)
-            on_gradients_ready                           reduced, before clipping
-            on_optimizer_step_start · on_optimizer_step_end
+            on_gradients_ready                           │ reduced, before clipping
+            on_optimizer_step_start                      │
+            on_optimizer_step_end                        ┘
             on_step_end
             on_log(values)                               may add values to the line
             [epoch over:] on_epoch_end
             [evaluation due:]
-              on_evaluate_start
-                on_evaluate_batch_start(batch) · on_evaluate_batch_end(batch, loss)
-              on_evaluate_end(results)                   may add values to the line
+              on_evaluate_start                          ┐ around_evaluate
+                on_evaluate_batch_start(batch)           │
+                on_evaluate_batch_end(batch, loss)       │
+              on_evaluate_end(results)                   ┘ may add values to the line
             [checkpoint due:]
               on_checkpoint_start · on_checkpoint_end(path)
+      [last evaluation and checkpoint:] as above
       on_train_end
+      [test_at_end:]
+        on_test_start · … evaluation batches … · on_test_end(results)
     on_run_end(result)
 
 Besides, when they happen: on_checkpoint_loaded(path), on_stop_requested(reason),
 on_interrupt, on_exception(error).
+
+`around_step` and `around_evaluate` return a context manager or None; what they return is entered
+before the moments that the bracket spans and left after them, in the reverse order.
+
+A callback may ask for things: `trainer.request_stop()`, `request_evaluation()`,
+`request_checkpoint()`, `request_log()`. One rank that asks is enough: all ranks learn of it in the
+exchange before the next step and do it together, at the step that is done then. Moments of one's
+own: `trainer.emit("after_densify", rows)` reaches every callback that has the method.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,7 +70,7 @@ MOMENTS = (
     "on_optimizer_step_end", "on_step_end", "on_log", "on_epoch_end", "on_evaluate_start",
     "on_evaluate_batch_start", "on_evaluate_batch_end", "on_evaluate_end", "on_checkpoint_start",
     "on_checkpoint_end", "on_checkpoint_loaded", "on_stop_requested", "on_interrupt",
-    "on_exception", "on_train_end", "on_run_end",
+    "on_exception", "on_train_end", "on_test_start", "on_test_end", "on_run_end",
 )  # fmt: skip
 
 
@@ -169,8 +184,25 @@ class Callback(Part, family="callback"):
     def on_train_end(self, trainer: Trainer) -> None:
         """No further step follows; the last evaluation and checkpoint are done."""
 
+    def on_test_start(self, trainer: Trainer) -> None:
+        """The test sets follow; the model is in eval mode."""
+
+    def on_test_end(self, trainer: Trainer, results: dict[str, float]) -> None:
+        """All test sets are through; values added to `results` join the test line."""
+
     def on_run_end(self, trainer: Trainer, result: Result) -> None:
         """The last moment, with what the run came to."""
+
+    def around_step(self, trainer: Trainer) -> AbstractContextManager[Any] | None:
+        """What the forwards, backwards and the update of a step run inside, or None."""
+        return None
+
+    def around_evaluate(self, trainer: Trainer) -> AbstractContextManager[Any] | None:
+        """What an evaluation's batches run inside, or None."""
+        return None
+
+
+_NOTHING: AbstractContextManager[Any] = nullcontext()
 
 
 class CallbackList:
@@ -195,6 +227,25 @@ class CallbackList:
             except BaseException as error:
                 error.add_note(f"in callback {callback.name!r} at {moment}")
                 raise
+
+    def around(self, moment: str, trainer: Trainer) -> AbstractContextManager[Any]:
+        """The context managers that the callbacks return for `moment`, entered in order."""
+        methods = self._methods.get(moment)
+        if methods is None:
+            methods = self._methods[moment] = self._find(moment)
+        if not methods:
+            return _NOTHING
+        stack = ExitStack()
+        for callback, method in methods:
+            try:
+                context = method(trainer)
+                if context is not None:
+                    stack.enter_context(context)
+            except BaseException as error:
+                stack.close()
+                error.add_note(f"in callback {callback.name!r} at {moment}")
+                raise
+        return stack
 
     def _find(self, moment: str) -> list[tuple[Callback, Callable[..., Any]]]:
         empty = getattr(Callback, moment, None)

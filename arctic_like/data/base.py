@@ -434,7 +434,7 @@ class PreparedData:
 
     evaluation: name → set, in the recipe's order. facts: numbers about the training set (`samples`,
     `documents`, `tokens`, `trained_tokens`, `dropped`, `truncated`, `fill_rate`, `max_length`),
-    which other parts may ask for by name. collate: samples → `input_ids`, `labels`, `position_ids`,
+    which other parts may ask for by name. test: as `evaluation`, measured by the test stage. collate: samples → `input_ids`, `labels`, `position_ids`,
     each (micro_batch, length) int64. report: lines for the console: what was read, cut and packed.
     """
 
@@ -443,6 +443,7 @@ class PreparedData:
     collate: Callable[[list[Sample]], dict[str, Tensor]]
     facts: dict[str, Any] = field(default_factory=dict)
     report: str = ""
+    test: dict[str, SampleSet] = field(default_factory=dict)
 
 
 class DataFactory(Part, family="data"):

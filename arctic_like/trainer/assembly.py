@@ -8,7 +8,7 @@ Parts receive values by the names of their parameters (`run_info.supply`), never
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -21,15 +21,16 @@ from arctic_like.registry import build
 from arctic_like.run_info import RunInfo, supply
 from arctic_like.trainer.config import resolve_batch
 from arctic_like.trainer.continuity import check_continuity, check_samples
+from arctic_like.trainer.learner import Learner
+from arctic_like.trainer.surface import MAIN
 from arctic_like.world import World
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from arctic_like.data.base import PreparedData
+    from arctic_like.data.base import PreparedData, SampleSet
     from arctic_like.data.loader import Loader, MicroBatch
     from arctic_like.data.order import BatchPlan
-    from arctic_like.engine.deepspeed import Engine
     from arctic_like.engine.host import HostGroup
     from arctic_like.model.base import ModelFacts
     from arctic_like.recipe import Recipe
@@ -56,6 +57,8 @@ class Session:
     """Why this rank wants to stop; becomes the run's reason once all ranks know."""
     step_weight: float = 0.0
     """Weight of the current global batch over all ranks."""
+    micro_batch: int = 0
+    """Which of this rank's micro-batches of the step is under way."""
 
     def external_stop(self, kill_switch: Path | None) -> str:
         """Whether a signal or the kill-switch file asks to stop (asked on rank zero, once a step)."""
@@ -63,16 +66,6 @@ class Session:
         if signal_number:
             return "terminate" if signal_number == 15 else "interrupt"
         return "kill_switch" if kill_switch is not None and kill_switch.exists() else ""
-
-
-@dataclass
-class Learner:
-    """A model with what trains it."""
-
-    engine: Engine
-    optimizer: Any
-    scheduler: Any
-    config: Any
 
 
 @dataclass
@@ -95,9 +88,16 @@ class Equipment:
 
     def evaluation_batches(self) -> Iterator[tuple[str, Iterator[MicroBatch]]]:
         """Every evaluation set with this rank's micro-batches of it."""
+        return self._batches(self.data.evaluation)
+
+    def test_batches(self) -> Iterator[tuple[str, Iterator[MicroBatch]]]:
+        """Every test set with this rank's micro-batches of it."""
+        return self._batches(self.data.test)
+
+    def _batches(self, sets: Mapping[str, SampleSet]) -> Iterator[tuple[str, Iterator[MicroBatch]]]:
         from arctic_like.data.loader import evaluation_batches
 
-        for name, samples in self.data.evaluation.items():
+        for name, samples in sets.items():
             yield name, evaluation_batches(
                 samples, self.data.collate, micro_batch_size=self.info.micro_batch_size,
                 rank=self.info.world.rank, size=self.info.world.size,
@@ -120,16 +120,13 @@ def assemble(trainer: Trainer, session: Session) -> Equipment:
     notice = _Notices(trainer, callbacks)
     info = RunInfo(
         output_dir=session.directory.path, seed=config.seed, world=world, device=world.device,
-        epochs=config.epochs, **_batch_sizes(config, world, resumed),
+        epochs=config.epochs, deepspeed=config.deepspeed, **_batch_sizes(config, world, resumed),
     )  # fmt: skip
 
     notice("on_run_start")
     notice("on_setup_start")
     tokenizer_part = build(config.tokenizer, "tokenizer")
-    model_part = build(config.model, "model")
-    optimizer_part = build(config.optimizer, "optimizer")
-    scheduler_part = build(config.scheduler, "scheduler")
-    facts = model_part.facts()
+    facts = build(config.model, "model").facts()
     model_name = getattr(config.model, "name_or_path", "") or None
     with notice.part("tokenizer"):
         tokenizer = supply(tokenizer_part.build, info, model_name_or_path=model_name)
@@ -143,19 +140,15 @@ def assemble(trainer: Trainer, session: Session) -> Equipment:
         info, steps_per_epoch=plan.batches_per_epoch, training_horizon=total, warmup_steps=warmup,
         facts=MappingProxyType(dict(data.facts)),
     )  # fmt: skip
-    ds_config = _deepspeed_dictionary(config, info, resumed, facts.hidden_size)
-    with notice.part("model"):
-        module = supply(
-            model_part.build, info, tokenizer=tokenizer, ds_config=ds_config,
-            zero_stage=_stage(ds_config),
-        )  # fmt: skip
-    with notice.part("optimizer"):
-        learner = _learner(config, info, module, ds_config, optimizer_part, scheduler_part)
-    _prove_isolation(config, module, info)
+    learners = {
+        name: _learner(name, part, info, tokenizer=tokenizer, resumed=resumed, notice=notice)
+        for name, part in learner_configs(config).items()
+    }
+    _prove_isolation(config, learners[MAIN].engine.module, info)
     _start_generators(config, world)
     return Equipment(
         info=info, tokenizer=tokenizer, data=data, plan=plan, loader=loader, total_steps=total,
-        warmup_steps=warmup, learners={"model": learner},
+        warmup_steps=warmup, learners=learners,
         step_ledger=Ledger(device=world.device, host=session.host),
         epoch_ledger=Ledger(device=world.device, host=session.host),
         callbacks=callbacks, recorder=Recorder(session, config, info),
@@ -240,7 +233,7 @@ def _horizon(config: Any, plan: BatchPlan, data: PreparedData) -> tuple[int, int
     """Optimizer steps of the run, and those of its warm-up."""
     total = config.train_iters or config.epochs * plan.batches_per_epoch
     total = max(total, config.min_iterations)
-    if total < 1:
+    if total < 1 and not config.test_only:
         raise RecipeError(
             Problem("and train_iters are both 0: nothing would be trained", place="epochs",
                     hint="set epochs or train_iters")
@@ -248,16 +241,29 @@ def _horizon(config: Any, plan: BatchPlan, data: PreparedData) -> tuple[int, int
     return total, config.scheduler.resolve_warmup(total)
 
 
+def learner_configs(config: Any) -> dict[str, Any]:
+    """Name → what describes a learner: the recipe itself, and every field of it that is a
+    `LearnerConfig`, by the field's name. All have `model`, `optimizer`, `scheduler`, `deepspeed`."""
+    from arctic_like.trainer.config import LearnerConfig
+
+    own = {name: getattr(config, name) for name in type(config).model_fields}
+    return {
+        MAIN: config,
+        **{n: value for n, value in own.items() if isinstance(value, LearnerConfig)},
+    }
+
+
 def _deepspeed_dictionary(
-    config: Any, info: RunInfo, resumed: dict[str, Any] | None, hidden_size: int | None
-) -> dict[str, Any]:
+    part: Any, info: RunInfo, resumed: dict[str, Any] | None, hidden_size: int | None,
+    section: dict[str, Any],
+) -> dict[str, Any]:  # fmt: skip
     from loguru import logger
 
     from arctic_like.checkpoint.deepspeed import needs_conversion
     from arctic_like.engine.ds_config import deepspeed_config, inexact
 
     dictionary = deepspeed_config(
-        section=config.deepspeed, dtype=config.model.dtype, micro_batch_size=info.micro_batch_size,
+        section=section, dtype=part.model.dtype, micro_batch_size=info.micro_batch_size,
         gradient_accumulation_steps=info.gradient_accumulation_steps, world_size=info.world.size,
         hidden_size=hidden_size, on_cpu=info.device == "cpu",
     )  # fmt: skip
@@ -277,17 +283,38 @@ def _stage(ds_config: dict[str, Any]) -> int:
 
 
 def _learner(
-    config: Any, info: RunInfo, module: nn.Module, ds_config: dict[str, Any], optimizer_part: Any,
-    scheduler_part: Any,
+    name: str, part: Any, info: RunInfo, *, tokenizer: Any, resumed: dict[str, Any] | None,
+    notice: _Notices,
 ) -> Learner:  # fmt: skip
+    """Model, optimizer, engine and scheduler of one learner. A key of the recipe names each moment:
+    `model`, `optimizer`, … of the recipe's own, `critic.model`, … of the others."""
     from arctic_like.engine.deepspeed import Engine
     from arctic_like.engine.ds_config import uses_offload
 
-    optimizer = supply(optimizer_part.build, info, model=module, offload=uses_offload(ds_config))
-    engine = Engine(module, optimizer=optimizer, config=ds_config)
-    engine.engine.train()
-    scheduler = supply(scheduler_part.build, info, optimizer=engine.base_optimizer)
-    return Learner(engine, engine.base_optimizer, scheduler, config.model)
+    prefix = "" if name == MAIN else f"{name}."
+    model_part = build(part.model, "model")
+    section = part.deepspeed if part.deepspeed is not None else info.deepspeed
+    ds_config = _deepspeed_dictionary(part, info, resumed, model_part.facts().hidden_size, section)
+    with notice.part(f"{prefix}model"):
+        module = supply(
+            model_part.build, info, tokenizer=tokenizer, ds_config=ds_config,
+            zero_stage=_stage(ds_config),
+        )  # fmt: skip
+    if getattr(part, "frozen", False):
+        with notice.part(f"{prefix}engine"):
+            return Learner(Engine(module, optimizer=None, config=ds_config), config=part)
+    optimizer_part = build(part.optimizer, "optimizer")
+    scheduler_part = build(part.scheduler, "scheduler")
+    with notice.part(f"{prefix}optimizer"):
+        optimizer = supply(
+            optimizer_part.build, info, model=module, offload=uses_offload(ds_config)
+        )
+    with notice.part(f"{prefix}engine"):
+        engine = Engine(module, optimizer=optimizer, config=ds_config)
+        engine.engine.train()
+    with notice.part(f"{prefix}scheduler"):
+        scheduler = supply(scheduler_part.build, info, optimizer=engine.base_optimizer)
+    return Learner(engine, engine.base_optimizer, scheduler, part)
 
 
 def _prove_isolation(config: Any, module: nn.Module, info: RunInfo) -> None:

@@ -6,36 +6,46 @@ checkpoints (`checkpoint/`). What is true of every step:
 - A step is an optimizer step. `step(micro_batches)` gets all micro-batches of one global batch on this
   rank, each with the scale that makes the gradient the mean over the *global* weight.
 - The weights of all ranks are known before the first forward, in one exchange of host values that also
-  carries requests to stop, so that all ranks stop before the same step.
+  carries what callbacks asked for, so that all ranks stop, evaluate or save at the same step.
 - Ranks do the same number of micro-batches; one with nothing to do runs a stand-in at scale zero.
 """
 
 from __future__ import annotations
 
 import contextlib
-import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from arctic_like.errors import NonFiniteError, RunError
+from arctic_like.errors import RunError
 from arctic_like.loss import Loss
 from arctic_like.metrics.ledger import terms_of
 from arctic_like.registry import Part
 from arctic_like.registry.factory_types import check_factory_types
 from arctic_like.trainer.config import TrainerConfig
+from arctic_like.trainer.evaluation import evaluate_set, takes_index
+from arctic_like.trainer.failures import (
+    fail_if_not_finite,
+    fail_if_not_finite_so_far,
+    is_loss,
+    name_samples,
+)
 from arctic_like.trainer.moments import Moments
+from arctic_like.trainer.numbers import Numbers
 from arctic_like.trainer.progress import Progress, Result
+from arctic_like.trainer.surface import MAIN, Surface
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
-    from arctic_like.data.loader import MicroBatch, StepBatch
+    from arctic_like.data.loader import StepBatch
     from arctic_like.trainer.assembly import Equipment, Session
-    from arctic_like.world import World
 
 STOP_REASONS = ("interrupt", "terminate", "kill_switch", "callback")
+WISHES = ("evaluation", "checkpoint", "log")
 
 
 @dataclass(frozen=True)
@@ -49,12 +59,15 @@ class WeightedBatch:
     scale: float
 
 
-class Trainer(Part, Moments, family="trainer"):
+class Trainer(Part, Moments, Surface, family="trainer"):
     """What a recipe's `type:` names. A subclass writes at least `loss`.
 
     The `…_factory_type` attributes say which parts it works with: a class or a tuple of classes
     (the first is the default; subclasses of a listed one are welcome). They are checked when the class
     is defined. Built-in parts may be given by name, so that defining a trainer imports none of them.
+
+    Its config may name further learners in fields of type `LearnerConfig` (`critic: LearnerConfig`);
+    each becomes a model with optimizer, scheduler and engine of its own, `self.learners["critic"]`.
     """
 
     config_type = TrainerConfig
@@ -73,76 +86,27 @@ class Trainer(Part, Moments, family="trainer"):
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         self.progress = Progress()
+        self.numbers = Numbers(config.metric_monitor)
         self.session: Session
         self.equipment: Equipment
+        self.checkpoint_objects: dict[str, Any] = {}
+        """Anything with `state_dict` and `load_state_dict` put here is saved and restored by name."""
+        self.batch: StepBatch | None = None
+        """The global batch of the step under way, or of the last one."""
+        self.updating = MAIN
+        """The learner that is being updated."""
+        self.evaluation_values: dict[str, Any] = {}
+        """What the last evaluation measured that is no single number: name → tensor."""
         self._stream: Iterator[StepBatch] | None = None
+        self._wishes: set[str] = set()
         self._last_evaluation = -1
         self._last_save = -1
+        self._last_line = -1
         self._evaluations_made = 0
         self._steps_this_run = 0
         self._marks = {"step": time.perf_counter(), "line": 0}
         self._last_times: dict[str, float] = {}
-        self._batch: StepBatch | None = None
-        self._metrics: dict[str, float] = {}
-        self._best: dict[str, float] = {}
-        self._evaluations: dict[str, tuple[float, float, int]] = {}
-
-    # What a run is asked about --------------------------------------------------------------------
-
-    @property
-    def world(self) -> World:
-        """Ranks and this process's place among them."""
-        return self.session.world
-
-    @property
-    def device(self) -> str:
-        """Torch device string of this rank."""
-        return self.world.device
-
-    @property
-    def global_step(self) -> int:
-        """Optimizer steps done, before a resume included."""
-        return self.progress.global_step
-
-    @property
-    def current_epoch(self) -> int:
-        """Whole epochs done; during an epoch its number, from 0."""
-        return self.progress.position // self.equipment.plan.samples_per_epoch
-
-    @property
-    def epochs(self) -> float:
-        """Passes over the training data that the run makes (a fraction with `train_iters`)."""
-        return self.training_horizon / self.equipment.plan.batches_per_epoch
-
-    @property
-    def training_horizon(self) -> int:
-        """Optimizer steps of the whole run; the learning-rate schedule covers exactly these."""
-        return self.equipment.total_steps
-
-    @property
-    def warmup_steps(self) -> int:
-        """Optimizer steps in which the learning rate rises."""
-        return self.equipment.warmup_steps
-
-    @property
-    def model(self) -> Any:
-        """The model to call in `loss`: the DeepSpeed engine around `module`."""
-        return self.equipment.learners["model"].engine.engine
-
-    @property
-    def module(self) -> nn.Module:
-        """The plain model, without the engine around it."""
-        return self.equipment.learners["model"].engine.module
-
-    @property
-    def tokenizer(self) -> Any:
-        """The tokenizer that the recipe names."""
-        return self.equipment.tokenizer
-
-    @property
-    def zero_stage(self) -> int:
-        """ZeRO stage of the model's engine, 0 to 3."""
-        return self.equipment.learners["model"].engine.zero_stage
+        self._rates: dict[str, float] = {}
 
     @property
     def train_batches(self) -> Iterator[StepBatch]:
@@ -160,15 +124,40 @@ class Trainer(Part, Moments, family="trainer"):
 
         batch: what the data factory collated, on the device.
         """
-        raise NotImplementedError(f"{type(self).__name__} does not write loss(self, batch)")
+        raise NotImplementedError(
+            f"{type(self).__name__} writes neither loss(self, batch) nor training_step(self, batch)"
+        )
+
+    def training_step(self, batch: dict[str, Tensor]) -> Tensor | Loss:
+        """Another name of `loss`, which may also be written `training_step(self, batch, batch_idx)`;
+        `batch_idx` counts this rank's micro-batches of the epoch. The loop calls this one."""
+        return self.loss(batch)
+
+    def validation_step(self, batch: dict[str, Tensor]) -> Any:
+        """What an evaluation measures of a batch: the loss, or a map of named values with it
+        (`trainer/evaluation.py`). May be written `validation_step(self, batch, batch_idx)`."""
+        return self.loss(batch)
+
+    def test_step(self, batch: dict[str, Tensor]) -> Any:
+        """What a test measures of a batch; `validation_step` unless overridden."""
+        return self.validation_step(batch)
+
+    def get_val_metrics(self) -> dict[str, Any]:
+        """Name → torchmetrics object, made once for each run: computed and reset at the end of every
+        evaluation set under that name. `validation_step` updates them (`self.val_metrics[name]`)."""
+        return {}
 
     def weight(self, batch: dict[str, Tensor]) -> float:
         """What the mean of `loss` is taken over: trained labels, pairs, rows … A pure function of the
         batch, which is still on the host: known for the whole global batch before the first forward.
-        """
-        from arctic_like.trainer.losses import trained_labels
 
-        return trained_labels(batch["labels"])
+        Without an override: trained labels where the batch has `input_ids` and `labels`, else rows.
+        """
+        from arctic_like.trainer.losses import rows_of, trained_labels
+
+        if isinstance(batch, Mapping) and {"input_ids", "labels"} <= batch.keys():
+            return trained_labels(batch["labels"])
+        return rows_of(batch)
 
     def setup(self, session: Session) -> None:
         """Build every part, and take up the checkpoint that the session names. Collective."""
@@ -178,6 +167,7 @@ class Trainer(Part, Moments, family="trainer"):
 
         self.session = session
         self.equipment = assemble(self, session)
+        self.configure()
         saved = None
         if session.resume is not None:
             saved = self.equipment.saver.load(self, session.resume)
@@ -186,6 +176,10 @@ class Trainer(Part, Moments, family="trainer"):
             logger.info(f"resumed from {session.resume} at step {self.global_step}")
             self.emit("on_checkpoint_loaded", session.resume)
         self.emit("on_setup_end")
+
+    def configure(self) -> None:
+        """Called when every part is built, before a checkpoint is loaded: the place to make what the
+        trainer needs of its own (and to put it into `checkpoint_objects`)."""
 
     def teardown(self, exit_code: int, error: BaseException | None = None) -> None:
         """Tell the callbacks of an error, close files and trackers, free the engines."""
@@ -202,6 +196,9 @@ class Trainer(Part, Moments, family="trainer"):
 
     def train(self) -> Result:
         """The whole run from where it stands; returns what it came to."""
+        if self.config.test_only:
+            self.test()
+            return self._result()
         self.emit("on_train_start")
         if self.config.eval_at_start and self.global_step == 0:
             self.evaluate()
@@ -210,7 +207,13 @@ class Trainer(Part, Moments, family="trainer"):
             self.epoch()
         self._finish()
         self.emit("on_train_end")
+        if self.config.test_at_end and not self.progress.stopped:
+            self.test()
         return self._result()
+
+    def fit(self) -> Result:
+        """Another name of `train`."""
+        return self.train()
 
     def epoch(self) -> None:
         """The steps that are left of the current epoch, or fewer if the run ends."""
@@ -221,62 +224,110 @@ class Trainer(Part, Moments, family="trainer"):
             micro_batches = self._weigh(batch)
             if self.progress.stopped:
                 return
-            self._batch = batch
+            self.batch = batch
             self.emit("on_step_start")
-            self.step(micro_batches)
+            with self._around("around_step"):
+                self.step(micro_batches)
             self._after_step(batch)
 
     def step(self, micro_batches: Sequence[WeightedBatch]) -> None:
         """One optimizer step over this rank's micro-batches of one global batch.
 
+        A trainer with several learners overrides it with an `update` of each, in its order.
+        """
+        self.update(MAIN, micro_batches)
+
+    def update(
+        self, learner: str, micro_batches: Sequence[WeightedBatch],
+        loss: Callable[[Any], Tensor | Loss] | None = None,
+    ) -> None:  # fmt: skip
+        """Update one learner once: forward and backward of every micro-batch, clip, optimizer step.
+
+        loss: called with the batch on the device; `training_step` unless given. Meanwhile the other
+        learners are frozen: gradients flow through them and do not reach their weights; call their plain
+        `module`. Moments are those of a step, and `updating` names the learner.
+
         An fp16 overflow, which DeepSpeed skips, is not a step: the same micro-batches are done
         again at the lower loss scale, so that no sample is lost and neither counter nor schedule moves.
         """
-        engine = self.equipment.learners["model"].engine
-        while True:
-            losses = []
-            for index, micro in enumerate(micro_batches):
-                batch = self.to_device(micro.data)
-                self.emit("on_micro_batch_start", batch)
-                loss = self._loss(batch, micro.weight)
-                engine.backward(loss.mean * micro.scale, last=index == len(micro_batches) - 1)
-                self.emit("on_micro_batch_end", batch, loss)
-                losses.append(loss)
-            self.emit("on_gradients_ready")
-            self.emit("on_optimizer_step_start")
-            applied = engine.step()
-            self.emit("on_optimizer_step_end")
-            if applied or not engine.is_fp16:
-                break
-        for loss, micro in zip(losses, micro_batches, strict=True):
-            terms = terms_of(loss, micro.weight, step=self.global_step + 1)
+        one = self.learner(learner)
+        compute = loss or self._training_step
+        self.updating = learner
+        with self._others_frozen(learner):
+            while True:
+                losses = []
+                for index, micro in enumerate(micro_batches):
+                    self.session.micro_batch = index
+                    batch = self.to_device(micro.data)
+                    self.emit("on_micro_batch_start", batch)
+                    found = self.checked_loss(compute(batch), micro.weight)
+                    one.engine.backward(
+                        found.mean * micro.scale, last=index == len(micro_batches) - 1
+                    )
+                    self.emit("on_micro_batch_end", batch, found)
+                    losses.append(found)
+                self.emit("on_gradients_ready")
+                self.emit("on_optimizer_step_start")
+                applied = one.engine.step()
+                self.emit("on_optimizer_step_end")
+                if applied or not one.engine.is_fp16:
+                    break
+        prefix = "" if learner == MAIN else f"{learner}/"
+        for found, micro in zip(losses, micro_batches, strict=True):
+            terms = terms_of(found, micro.weight, step=self.global_step + 1, prefix=prefix)
             self.equipment.step_ledger.add(terms)
             self.equipment.epoch_ledger.add(terms)
+        self.updating = MAIN
         if not applied:
-            self._fail_if_not_finite_so_far()
-            self._fail_if_not_finite(float("inf"), what="gradient norm")
+            fail_if_not_finite_so_far(self)
+            fail_if_not_finite(self, float("inf"), what=f"{prefix}gradient norm")
 
     def evaluate(self) -> dict[str, float]:
-        """Mean losses over the evaluation sets, weighted by trained tokens over all ranks.
+        """Every evaluation set through `validation_step`; means weighted over all ranks.
 
         Leaves training's mode and random generators as they were; writes the evaluation line.
         """
         results: dict[str, float] = {}
-        with self._evaluating():
+        self.evaluation_values = {}
+        with self._evaluating(), self._around("around_evaluate"):
             self.emit("on_evaluate_start")
             for name, batches in self.equipment.evaluation_batches():
-                results.update(self._evaluate_set(name, batches))
+                prefix = "eval/" if name in ("", "eval") else f"eval/{name}/"
+                self._measure(prefix, batches, self.validation_step, results)
             self.emit("on_evaluate_end", results)
         self._last_evaluation = self.global_step
         self._evaluations_made += 1
+        self.numbers.take_in(results)
+        for learner in self.learners.values():
+            learner.after_evaluation(results, self.numbers)
         every = self.config.eval_log_iter_interval
         if results and every and self._evaluations_made % every == 0:
             self.log(results, kind="evaluation")
         return results
 
+    def test(self, model_path: Path | str | None = None) -> dict[str, float]:
+        """Every test set through `test_step`; writes the test line.
+
+        model_path: an exported folder or a checkpoint whose weights are measured in place of those
+        of the run; they stay.
+        """
+        if model_path is not None:
+            self.equipment.saver.load_weights(self, Path(model_path))
+        results: dict[str, float] = {}
+        with self._evaluating(), self._around("around_evaluate"):
+            self.emit("on_test_start")
+            for name, batches in self.equipment.test_batches():
+                prefix = "test/" if name in ("", "test") else f"test/{name}/"
+                self._measure(prefix, batches, self.test_step, results)
+            self.emit("on_test_end", results)
+        self.numbers.take_in(results)
+        if results:
+            self.log(results, kind="evaluation")
+        return results
+
     def checkpoint(self) -> None:
         """Write, with every engine of the recipe that is due, what belongs into its checkpoint."""
-        self._fail_if_not_finite_so_far()
+        fail_if_not_finite_so_far(self)
         self.equipment.saver.save(self)
         self._last_save = self.global_step
 
@@ -288,6 +339,8 @@ class Trainer(Part, Moments, family="trainer"):
             return batch
         if isinstance(batch, Mapping):
             return {key: self.to_device(value) for key, value in batch.items()}
+        if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+            return type(batch)(*(self.to_device(value) for value in batch))
         if isinstance(batch, (list, tuple)):
             return type(batch)(self.to_device(value) for value in batch)
         return batch.to(self.device, non_blocking=True) if hasattr(batch, "to") else batch
@@ -299,6 +352,10 @@ class Trainer(Part, Moments, family="trainer"):
             method(*values)
         self.equipment.callbacks.call(moment, self, *values)
 
+    def call_hook(self, moment: str, *values: Any) -> None:
+        """Another name of `emit`."""
+        self.emit(moment, *values)
+
     def log(self, values: Mapping[str, Any], *, kind: str = "values") -> None:
         """Write one line to metrics.jsonl and the trackers (rank zero does; others return)."""
         plan = self.equipment.plan
@@ -307,24 +364,21 @@ class Trainer(Part, Moments, family="trainer"):
             "epoch": self.progress.position / plan.samples_per_epoch,
             **values,
         }
-        self._metrics.update(
-            {k: float(v) for k, v in values.items() if isinstance(v, (int, float))}
-        )
-        for name, value in values.items():
-            if isinstance(value, float) and name.startswith("eval/"):
-                self._remember(name, value)
+        if kind != "evaluation":
+            self.numbers.take_in(values)
         self.equipment.recorder.write(line, kind=kind)
-
-    def _remember(self, name: str, value: float) -> None:
-        have = self._best.get(name)
-        if have is None or (value < have if "loss" in name else value > have):
-            self._best[name] = value
-        first, _, count = self._evaluations.get(name, (value, value, 0))
-        self._evaluations[name] = (first, value, count + 1)
 
     def evaluations(self) -> dict[str, tuple[float, float, int]]:
         """Of every evaluation metric: its first value, its last, and how often it was measured."""
-        return dict(self._evaluations)
+        return dict(self.numbers.evaluations)
+
+    @cached_property
+    def val_metrics(self) -> dict[str, Any]:
+        """The objects of `get_val_metrics`, on the device."""
+        return {
+            name: metric.to(self.device) if hasattr(metric, "to") else metric
+            for name, metric in self.get_val_metrics().items()
+        }
 
     def sum_over_ranks(self, values: Sequence[float]) -> list[float]:
         """Element-wise float64 sum of host values over all ranks. Collective."""
@@ -340,19 +394,48 @@ class Trainer(Part, Moments, family="trainer"):
         """Ask for the run to end before the next step; one rank is enough, all agree."""
         self.session.requested = reason
 
-    def state_dict(self) -> dict[str, Any]:
+    def request_evaluation(self) -> None:
+        """Ask for an evaluation at the step that is done, unless it had one; one rank is enough."""
+        self._wishes.add("evaluation")
+
+    def request_checkpoint(self) -> None:
+        """Ask for a resumable checkpoint of the step that is done, unless it has one; one rank is enough."""
+        self._wishes.add("checkpoint")
+
+    def request_log(self) -> None:
+        """Ask for the train line of the step that is done, unless it was written; one rank is enough."""
+        self._wishes.add("log")
+
+    def gradients(self, learner: str = MAIN) -> dict[str, Tensor]:
+        """Parameter → full gradient of the step under way, float32, unscaled, the mean over the global
+        batch; the same on all ranks, at every ZeRO stage. Between `on_gradients_ready` and
+        `on_optimizer_step_start`. Collective."""
+        return self.learner(learner).engine.gradients()
+
+    def set_gradients(self, values: Mapping[str, Tensor], learner: str = MAIN) -> None:
+        """Replace full gradients by name; the others stay. The same on all ranks. Collective."""
+        self.learner(learner).engine.set_gradients(values)
+
+    def get_extra_state(self) -> dict[str, Any]:
         """What a subclass wants back after a resume, beside models and counters: plain types and tensors."""
         return {}
 
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Take back what `get_extra_state` gave."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The whole training state in memory: models, optimizers, schedulers, counters, generators,
+        callbacks, objects. Collective; full tensors on every rank, so for models that fit."""
+        return self.equipment.saver.whole_state(self)
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what `state_dict` gave."""
+        """Go on from what `state_dict` gave, at any ZeRO stage. Collective."""
+        self.equipment.saver.take_whole_state(self, state)
 
     def last_values(self) -> dict[str, Any]:
         """What a checkpoint keeps of the metrics: the last and best values and when was evaluated."""
         return {
-            "metrics": self._metrics,
-            "best": self._best,
-            "evaluations": self._evaluations,
+            **self.numbers.as_dict(),
             "evaluated_at": self._last_evaluation,
             "evaluations_made": self._evaluations_made,
         }
@@ -360,36 +443,63 @@ class Trainer(Part, Moments, family="trainer"):
     def take_up(self, saved: Mapping[str, Any]) -> None:
         """Go on from a checkpoint's `run.json`: counters and last values."""
         self.progress = Progress(**{**saved["progress"], "stopped": ""})
-        self._metrics = dict(saved["last"]["metrics"])
-        self._best = dict(saved["last"]["best"])
-        self._evaluations = {k: tuple(v) for k, v in saved["last"]["evaluations"].items()}
+        self.numbers.take_up(saved["last"])
         self._last_evaluation = saved["last"]["evaluated_at"]
         self._evaluations_made = saved["last"]["evaluations_made"]
+        self._last_line = -1
         self._stream = None
 
     @property
-    def is_done(self) -> bool:
-        """Whether no further step follows."""
-        return bool(self.progress.stopped) or self.global_step >= self.training_horizon
+    def batch_idx(self) -> int:
+        """The number of this rank's current micro-batch in the epoch, from 0."""
+        plan, info = self.equipment.plan, self.equipment.info
+        steps = (self.progress.position % plan.samples_per_epoch) // plan.global_batch_size
+        return int(steps * info.gradient_accumulation_steps + self.session.micro_batch)
 
     # The loop's own business ----------------------------------------------------------------------
 
+    def _around(self, moment: str) -> contextlib.AbstractContextManager[Any]:
+        own = getattr(self, moment)()
+        theirs = self.equipment.callbacks.around(moment, self)
+        if own is None:
+            return theirs
+        stack = contextlib.ExitStack()
+        stack.enter_context(own)
+        stack.enter_context(theirs)
+        return stack
+
+    @contextlib.contextmanager
+    def _others_frozen(self, learner: str) -> Iterator[None]:
+        if len(self.learners) == 1:
+            yield
+            return
+        with contextlib.ExitStack() as stack:
+            for name, other in self.learners.items():
+                if name != learner:
+                    stack.enter_context(other.engine.frozen())
+            yield
+
+    @cached_property
+    def _training_step(self) -> Callable[[Any], Tensor | Loss]:
+        step: Callable[..., Any] = self.training_step
+        if takes_index(step):
+            return lambda batch: step(batch, self.batch_idx)
+        return step
+
     def _weigh(self, batch: StepBatch) -> list[WeightedBatch]:
-        """Weights of this rank, total over all ranks, and whether anyone wants to stop: one exchange."""
+        """Weights of this rank and over all ranks, and what anyone asks for: one exchange.
+
+        What was asked for is done here, at the step that is done, before the next one begins.
+        """
         weights = [0.0 if m.idle else float(self.weight(m.data)) for m in batch.micro_batches]
-        wanted = self._wants_to_stop()
-        total, *asked = self.session.host.sum(
-            [sum(weights), *(float(reason == wanted) for reason in STOP_REASONS)]
-        )
-        for reason, count in zip(STOP_REASONS, asked, strict=True):
-            if count:
-                self._stop(reason)
-                return []
+        total = self._agree(sum(weights))
+        if self.progress.stopped:
+            return []
         if total <= 0:
             raise RunError(
                 f"step {self.global_step + 1} has nothing to train: the weight of its "
                 f"{len(batch.global_batch.samples)} samples is {total} "
-                f"({self._name_samples(batch)}); check weight(batch)"
+                f"({name_samples(self, batch)}); check weight(batch)"
             )
         self.session.step_weight = total
         share = self.world.size / total
@@ -397,6 +507,34 @@ class Trainer(Part, Moments, family="trainer"):
             WeightedBatch(m.data, m.samples, w, w * share)
             for m, w in zip(batch.micro_batches, weights, strict=True)
         ]
+
+    def _agree(self, weight: float = 0.0) -> float:
+        """The sum of a weight over all ranks, with what anyone asks for: granted, until nobody asks."""
+        while True:
+            wanted = self._wants_to_stop()
+            total, *asked = self.session.host.sum([
+                weight, *(float(reason == wanted) for reason in STOP_REASONS),
+                *(float(wish in self._wishes) for wish in WISHES),
+            ])  # fmt: skip
+            stops, wishes = asked[: len(STOP_REASONS)], asked[len(STOP_REASONS) :]
+            if any(wishes):
+                self._grant({w for w, count in zip(WISHES, wishes, strict=True) if count})
+                continue
+            for reason, count in zip(STOP_REASONS, stops, strict=True):
+                if count and not self.progress.stopped:
+                    self._stop(reason)
+            return total
+
+    def _grant(self, wishes: set[str]) -> None:
+        self._wishes -= wishes
+        with self._clock_stopped():
+            if "evaluation" in wishes and self._last_evaluation != self.global_step:
+                self.evaluate()
+            if "log" in wishes and self._last_line != self.global_step > 0:
+                self._log_step()
+            if "checkpoint" in wishes and self._last_save != self.global_step:  # noqa: SIM102
+                if self.equipment.saver.due(self, on_request=True):
+                    self.checkpoint()
 
     def _wants_to_stop(self) -> str:
         session = self.session
@@ -410,9 +548,8 @@ class Trainer(Part, Moments, family="trainer"):
         if reason in ("interrupt", "terminate"):
             self.emit("on_interrupt")
 
-    def _loss(self, batch: dict[str, Tensor], weight: float) -> Loss:
-        """The one place where a scalar or a `Loss` becomes one form."""
-        loss = self.loss(batch)
+    def checked_loss(self, loss: Any, weight: float) -> Loss:
+        """The one place where a scalar or a `Loss` becomes one form. Raises RunError for any other."""
         if not isinstance(loss, Loss):
             loss = Loss(loss)
         elif loss.weight is not None and weight and float(loss.weight) != weight:
@@ -420,9 +557,14 @@ class Trainer(Part, Moments, family="trainer"):
                 f"{type(self).__name__}.loss says its mean is over {loss.weight}, but weight(batch) is "
                 f"{weight}; the gradient would be scaled wrongly. Let both count the same"
             )
-        if loss.mean.ndim != 0:
+        if not hasattr(loss.mean, "ndim") or loss.mean.ndim != 0:
+            what = (
+                f"shape {tuple(loss.mean.shape)}"
+                if hasattr(loss.mean, "shape")
+                else type(loss.mean)
+            )
             raise RunError(
-                f"{type(self).__name__}.loss returned a tensor of shape {tuple(loss.mean.shape)}; "
+                f"{type(self).__name__}.loss returned a tensor of {what}; "
                 "it must be the scalar mean over weight(batch)"
             )
         return loss
@@ -433,23 +575,32 @@ class Trainer(Part, Moments, family="trainer"):
         self.progress.global_step += 1
         self.progress.position += len(batch.global_batch.samples)
         self._steps_this_run += 1
-        rates = [group["lr"] for group in equipment.learners["model"].optimizer.param_groups]
-        equipment.learners["model"].scheduler.step()
+        self._rates = self._learning_rates()
+        for learner in self.learners.values():
+            learner.after_step()
         self.emit("on_step_end")
         epoch_over = self.progress.position % plan.samples_per_epoch == 0
         logs = self.config.train_log_iter_interval
         if self._due(logs, "log") or (logs and self.global_step == self.training_horizon):
-            self._log_step(rates)
+            self._log_step()
         with self._clock_stopped():
             if epoch_over:
                 self.emit("on_epoch_end")
             if self._due(self.config.eval_interval, "evaluation"):
                 self.evaluate()
             if epoch_over:
-                self._log_epoch()
+                self._end_epoch()
             self._exit_if_asked()
             if equipment.saver.due(self, epoch_over=epoch_over):
                 self.checkpoint()
+
+    def _learning_rates(self) -> dict[str, float]:
+        """Name in a line → learning rate that the step used."""
+        rates: dict[str, float] = {}
+        for name, learner in self.learners.items():
+            prefix = "" if name == MAIN else f"{name}/"
+            rates |= {f"{prefix}{key}": rate for key, rate in learner.learning_rates().items()}
+        return rates
 
     def _due(self, interval: Any, name: str) -> bool:
         """Whether an interval of the recipe is due after this step; ranks agree on the clock."""
@@ -477,34 +628,53 @@ class Trainer(Part, Moments, family="trainer"):
             if limit and count >= limit and not self.is_done:
                 self._stop("exit_iteration")
 
-    def _log_step(self, rates: list[float]) -> None:
+    def _log_step(self) -> None:
         """The train line. The only place in a step that waits for the device."""
         means = self.equipment.step_ledger.read()
-        loss = means.values.pop("loss")
-        norm = float(self.equipment.learners["model"].engine.grad_norm)
+        norms = {
+            ("" if name == MAIN else f"{name}/") + "grad_norm": float(learner.engine.grad_norm)
+            for name, learner in self.learners.items()
+            if not learner.frozen
+        }
         steps = self.global_step - self._marks["line"]
         seconds = (time.perf_counter() - self._marks["step"]) / max(steps, 1)
-        self._fail_if_not_finite(loss)
-        self._fail_if_not_finite(norm, what="gradient norm")
+        for name, value in means.values.items():
+            if is_loss(name):
+                fail_if_not_finite(self, value, what=name)
+        for name, norm in norms.items():
+            fail_if_not_finite(self, norm, what=name.replace("grad_norm", "gradient norm"))
+        first = {"loss": means.values.pop("loss")} if "loss" in means.values else {}
         line = {
-            "loss": loss,
-            "learning_rate": rates[0],
-            "grad_norm": norm,
+            **first,
+            **self._rates,
+            **norms,
             "tokens": int(self.session.step_weight),
             "samples_seen": self.progress.position,
             "step_time": seconds,
             "tokens_per_second": means.weight / max(seconds * steps, 1e-9),
             **means.values,
         }
+        self._last_line = self.global_step
         self.emit("on_log", line)
         self.log(line, kind="train")
         self._mark()
 
-    def _log_epoch(self) -> None:
+    def _end_epoch(self) -> None:
+        """The epoch's record: mean train loss, learning rate, the evaluation of its last step."""
         means = self.equipment.epoch_ledger.read()
-        loss = means.values["loss"]
-        self._fail_if_not_finite(loss)
-        self.log({"epoch_train_loss": loss}, kind="epoch")
+        line: dict[str, float] = {}
+        for name, value in means.values.items():
+            if is_loss(name):
+                fail_if_not_finite(self, value, what=name)
+                line[f"{name.removesuffix('loss')}epoch_train_loss"] = value
+        record = {"epoch": float(self.current_epoch), "step": float(self.global_step), **line}
+        record |= {k: v for k, v in self._rates.items() if k.endswith("learning_rate")}
+        if self._last_evaluation == self.global_step:
+            record |= {k: v for k, v in self.numbers.last.items() if k.startswith("eval/")}
+        self.numbers.history.append(record)
+        for learner in self.learners.values():
+            learner.after_epoch()
+        self.log(line, kind="epoch")
 
     @contextlib.contextmanager
     def _clock_stopped(self) -> Iterator[None]:
@@ -517,67 +687,30 @@ class Trainer(Part, Moments, family="trainer"):
         """Start the clock of the next train line."""
         self._marks = {"step": time.perf_counter(), "line": self.global_step}
 
-    def _fail_if_not_finite_so_far(self) -> None:
-        means = self.equipment.epoch_ledger.read(reset=False)
-        if "loss" in means.values:
-            self._fail_if_not_finite(means.values["loss"])
-
-    def _fail_if_not_finite(self, value: float, *, what: str = "loss") -> None:
-        """Raise NonFiniteError with step, samples and ways out; `value` is the same on all ranks."""
-        if math.isfinite(value):
-            return
-        position = self._batch.global_batch.position if self._batch else -1
-        here = self.global_step + (0 if position < self.progress.position else 1)
-        step = (self.equipment.epoch_ledger.first_bad_step() if what == "loss" else None) or here
-        samples = (
-            f"; its samples: {self._name_samples(self._batch)}"
-            if self._batch and step == here
-            else ""
-        )
-        newest = self.equipment.saver.newest()
-        kept = (
-            f"The last good checkpoint is {newest}." if newest else "No checkpoint was saved yet."
-        )
-        raise NonFiniteError(
-            f"the {what} of step {step} is {value}{samples}\n"
-            f"    Nothing was saved after it. {kept}\n"
-            "    Try a lower optimizer.learning_rate or a longer warm-up, look at these samples, "
-            "or train in another model.dtype."
-        )
-
-    def _name_samples(self, batch: StepBatch) -> str:
-        samples = self.equipment.loader.samples
-        names = [samples.sample_id(int(i)) for i in batch.global_batch.samples[:8]]
-        more = len(batch.global_batch.samples) - len(names)
-        return ", ".join(names) + (f" and {more} more" if more > 0 else "")
-
-    def _evaluate_set(self, name: str, batches: Iterator[MicroBatch]) -> dict[str, float]:
-        from arctic_like.metrics.ledger import Ledger
-
-        ledger = Ledger(device=self.device, host=self.session.host)
-        for micro in batches:
-            batch = self.to_device(micro.data)
-            weight = 0.0 if micro.idle else float(self.weight(micro.data))
-            self.emit("on_evaluate_batch_start", batch)
-            loss = self._loss(batch, weight)
-            self.emit("on_evaluate_batch_end", batch, loss)
-            ledger.add(terms_of(loss, weight))
-        means = ledger.read()
-        prefix = "" if name in ("", "eval") else f"{name}/"
-        return {f"eval/{prefix}{key}": value for key, value in means.values.items()}
+    def _measure(
+        self, prefix: str, batches: Any, step: Callable[..., Any], results: dict[str, float]
+    ) -> None:
+        numbers, others = evaluate_set(self, batches, step)
+        results.update({f"{prefix}{key}": value for key, value in numbers.items()})
+        self.evaluation_values.update({f"{prefix}{key}": value for key, value in others.items()})
 
     @contextlib.contextmanager
     def _evaluating(self) -> Iterator[None]:
         import torch
 
-        module = self.module
-        was_training = module.training
-        module.eval()
-        try:
-            with torch.no_grad(), self.preserve_random_state():
-                yield
-        finally:
-            module.train(was_training)
+        modules = [learner.engine.module for learner in self.learners.values()]
+        modes = [module.training for module in modules]
+        with contextlib.ExitStack() as stack:
+            for learner in self.learners.values():
+                stack.enter_context(learner.evaluating())
+            for module in modules:
+                module.eval()
+            try:
+                with torch.no_grad(), self.preserve_random_state():
+                    yield
+            finally:
+                for module, mode in zip(modules, modes, strict=True):
+                    module.train(mode)
 
     def _finish(self) -> None:
         """The last evaluation and checkpoints; nothing where a resumed run had already done them."""
@@ -587,6 +720,10 @@ class Trainer(Part, Moments, family="trainer"):
             return
         if finished and self.config.eval_at_end and self._last_evaluation != self.global_step:
             self.evaluate()
+        if finished:
+            self._agree()  # what callbacks asked for at the last step
+            finished = not progress.stopped or self.global_step >= self.training_horizon
+            progress.stopped = "" if finished else progress.stopped
         progress.finished = finished
         if not finished and self._last_save == self.global_step:
             return
@@ -595,13 +732,15 @@ class Trainer(Part, Moments, family="trainer"):
 
     def _result(self) -> Result:
         reason = self.progress.stopped or "finished"
-        saver = self.equipment.saver
+        saver, numbers = self.equipment.saver, self.numbers
         return Result(
             steps=self.global_step,
             stop_reason=reason,
             output_dir=self.session.directory.path,
-            metrics=dict(self._metrics),
-            best=dict(self._best),
+            metrics=dict(numbers.last),
+            best=dict(numbers.best),
+            history=tuple(numbers.history),
+            final_loss=numbers.final_loss(),
             checkpoint=saver.newest(),
             exports=tuple(saver.exports),
             signal={"interrupt": 2, "terminate": 15}.get(reason, 0),

@@ -5,6 +5,7 @@ Key names and defaults are ArcticTraining's wherever both have the thing.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -57,6 +58,52 @@ class WandbConfig(Config):
 
     name: str | None = None
     """The run's name; the recipe's unless given."""
+
+
+_LOWER_IS_BETTER = ("loss", "error", "perplexity", "nll", "mae", "mse", "rmse", "wer", "cer")
+
+
+class MetricMonitor(Config):
+    """The metric that "best" means; a bare string is its `metric`."""
+
+    metric: str = "eval/loss"
+    """Name of an evaluation metric, as it stands in `metrics.jsonl`; `eval/` may be left out."""
+
+    mode: Literal["auto", "min", "max"] = "auto"
+    """Whether lower or higher is better; `auto` goes by the name: losses and errors are better
+    lower, everything else higher."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bare(cls, data: Any) -> Any:
+        return {"metric": data} if isinstance(data, str) else data
+
+    def direction(self, name: str = "") -> Literal["min", "max"]:
+        """Whether lower or higher is better, of the monitored metric or of any other by its name."""
+        if self.mode != "auto" and name in ("", self.metric, f"eval/{self.metric}"):
+            return self.mode
+        words = re.split(r"[/_\W]+", (name or self.metric).lower())
+        return "min" if any(word in _LOWER_IS_BETTER for word in words) else "max"
+
+
+class LearnerConfig(Config):
+    """A further model of a run, with what trains it: a critic, a teacher. Its keys are those of the
+    recipe's top level, and mean the same."""
+
+    model: Annotated[PartConfig, Choice("model")] = Field(default_factory=dict)  # type: ignore[assignment]
+    """The model."""
+
+    optimizer: Annotated[PartConfig, Choice("optimizer")] = Field(default_factory=dict)  # type: ignore[assignment]
+    """The optimizer; unused where `frozen`."""
+
+    scheduler: Annotated[PartConfig, Choice("scheduler")] = Field(default_factory=dict)  # type: ignore[assignment]
+    """The learning rate over time; unused where `frozen`."""
+
+    deepspeed: dict[str, Any] | None = None
+    """DeepSpeed's own settings; the recipe's top-level ones unless given."""
+
+    frozen: bool = False
+    """Never trained: no optimizer, no gradients, not in checkpoints."""
 
 
 @dataclass(frozen=True)
@@ -163,6 +210,15 @@ class TrainerConfig(PartConfig):
 
     min_iterations: Annotated[HumanInt, Field(ge=0)] = 0
     """Train at least so many steps, going through the data again where `epochs` would be fewer."""
+
+    metric_monitor: MetricMonitor = MetricMonitor()
+    """The evaluation metric that "best" means to checkpoints, early stopping and plateau schedules."""
+
+    test_at_end: bool = False
+    """Measure the test sets (`data.test_sources`) after training."""
+
+    test_only: bool = False
+    """Do not train: measure the test sets and end."""
 
     exit_iteration: Annotated[HumanInt, Field(ge=0)] = 0
     """Stop after this step as if the run were over, with the learning rates of the whole run; 0

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from arctic_like.errors import RunError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,6 +23,24 @@ def trained_labels(labels: Tensor, *, ignore: int = IGNORE) -> int:
     """
     # numpy: a fifth of torch's time for so small an array, and it is asked of every micro-batch.
     return int(np.count_nonzero(labels.numpy()[:, 1:] != ignore))
+
+
+def rows_of(batch: Any) -> int:
+    """Rows of a batch of nested tensors: the first dimension of the first tensor in it; 1 of a scalar."""
+    import torch
+
+    pending = [batch]
+    while pending:
+        found = pending.pop(0)
+        if torch.is_tensor(found):
+            return len(found) if found.ndim else 1
+        if isinstance(found, Mapping):
+            found = found.values()
+        pending[:0] = found if isinstance(found, Iterable) and not isinstance(found, str) else ()
+    raise RunError(
+        f"weight(batch) is not known for a batch without a tensor ({type(batch).__name__}); "
+        "write weight(self, batch): what the loss is the mean over"
+    )
 
 
 def next_token_loss(logits: Tensor, labels: Tensor, *, ignore: int = IGNORE) -> Tensor:

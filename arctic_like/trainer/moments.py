@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -93,5 +94,19 @@ class Moments:
     def on_train_end(self) -> None:
         """No further step follows; the last evaluation and checkpoint are done."""
 
+    def on_test_start(self) -> None:
+        """The test sets follow; the model is in eval mode."""
+
+    def on_test_end(self, results: dict[str, float]) -> None:
+        """All test sets are through; values added to `results` join the test line."""
+
     def on_run_end(self, result: Result) -> None:
         """The last moment, with what the run came to."""
+
+    def around_step(self) -> AbstractContextManager[Any] | None:
+        """What the forwards, backwards and the update of a step run inside, or None."""
+        return None
+
+    def around_evaluate(self) -> AbstractContextManager[Any] | None:
+        """What an evaluation's batches run inside, or None."""
+        return None

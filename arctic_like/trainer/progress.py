@@ -39,6 +39,11 @@ class Result:
     """The last value of every metric."""
     best: dict[str, float] = field(default_factory=dict)
     """The lowest value of every loss and the highest of every other evaluation metric."""
+    history: tuple[dict[str, float], ...] = ()
+    """A record of each epoch: mean train loss, learning rate, evaluation values of its last step."""
+    final_loss: float = float("inf")
+    """What a search over runs ranks by: the monitored metric's last value, else the train loss;
+    infinite where it was not finite."""
     checkpoint: Path | None = None
     """The newest complete checkpoint, if any."""
     exports: tuple[Path, ...] = ()

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from arctic_like.run_info import RunInfo
     from arctic_like.trainer.assembly import Session
     from arctic_like.trainer.base import Trainer
+    from arctic_like.trainer.learner import Learner
 
 FORMAT = 1
 
@@ -36,7 +37,7 @@ class Saver:
 
     def due(
         self, trainer: Trainer, *, epoch_over: bool = False, at_end: bool = False,
-        at_stop: bool = False,
+        at_stop: bool = False, on_request: bool = False,
     ) -> bool:  # fmt: skip
         """Whether an engine is due now; `save` then writes with those that are.
 
@@ -47,7 +48,7 @@ class Saver:
         self._due = []
         for engine in self.engines:
             config = engine.config
-            if at_stop:
+            if at_stop or on_request:
                 wanted = engine.resumable
             elif at_end:
                 wanted = config.save_end_of_training
@@ -70,7 +71,7 @@ class Saver:
                 "directory": directory,
                 "module": trainer.module,
                 "tokenizer": trainer.tokenizer,
-                "engines": {n: lr.engine for n, lr in trainer.equipment.learners.items()},
+                "engines": {n: lr.engine for n, lr in trained(trainer).items()},
                 "host": self._session.host,
                 "barrier": self._session.host.barrier,
                 "step": step,
@@ -101,11 +102,12 @@ class Saver:
         }
         rank_state = {
             "random": random_state(),
-            "schedulers": {n: lr.scheduler.state_dict() for n, lr in equipment.learners.items()},
+            "schedulers": {n: lr.scheduler.state_dict() for n, lr in trained(trainer).items()},
             "step_ledger": equipment.step_ledger.state_dict(),
             "epoch_ledger": equipment.epoch_ledger.state_dict(),
             "callbacks": [c.state_dict() for c in equipment.callbacks.all],
-            "trainer": trainer.state_dict(),
+            "objects": {n: o.state_dict() for n, o in trainer.checkpoint_objects.items()},
+            "trainer": trainer.get_extra_state(),
         }
         return {
             "run_state": session.host.from_main(run_state),
@@ -130,13 +132,13 @@ class Saver:
             )
         saved = saved_state(directory)
         equipment, world = trainer.equipment, self._session.world
-        engines = {n: lr.engine for n, lr in equipment.learners.items()}
+        engines = {n: lr.engine for n, lr in trained(trainer).items()}
         states = supply(
             engine.load, self._info, directory=directory, engines=engines, host=self._session.host
         )
         same = saved["world_size"] == world.size
         mine = states[world.rank] if same else states[0]
-        for name, learner in equipment.learners.items():
+        for name, learner in trained(trainer).items():
             learner.scheduler.load_state_dict(mine["schedulers"][name])
             for group, rate in zip(
                 learner.optimizer.param_groups, learner.scheduler.get_last_lr(), strict=True
@@ -147,11 +149,28 @@ class Saver:
         equipment.epoch_ledger.load_state_dict([state["epoch_ledger"] for state in sums])
         for callback, state in zip(equipment.callbacks.all, mine["callbacks"], strict=False):
             callback.load_state_dict(state)
-        trainer.load_state_dict(mine["trainer"])
+        for name, thing in trainer.checkpoint_objects.items():
+            thing.load_state_dict(_object_state(mine["objects"], name, directory))
+        trainer.set_extra_state(mine["trainer"])
         trainer.take_up(saved)
         if same:
             set_random_state(mine["random"])
         return saved
+
+
+def trained(trainer: Trainer) -> dict[str, Learner]:
+    """The learners that checkpoints hold: those that are not frozen."""
+    return {name: one for name, one in trainer.equipment.learners.items() if not one.frozen}
+
+
+def _object_state(states: dict[str, Any], name: str, directory: Path) -> Any:
+    if name in states:
+        return states[name]
+    have = ", ".join(states) or "none"
+    raise CheckpointError(
+        f"{directory} holds no checkpoint object {name!r}; it holds {have}\n"
+        "    put the same names into checkpoint_objects as when it was saved"
+    )
 
 
 def saved_state(directory: Path) -> dict[str, Any]:

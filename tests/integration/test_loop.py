@@ -203,7 +203,7 @@ def test_the_moments_come_in_the_documented_order(tmp_path: Path, data: Path) ->
         len(evaluation) // 2
     )
     assert [m for m in Recording.seen if "evaluate_batch" not in m] == [
-        "on_run_start", "on_setup_start", *parts * 4, "on_setup_end", "on_train_start",
+        "on_run_start", "on_setup_start", *parts * 6, "on_setup_end", "on_train_start",
         "on_epoch_start", *step, *step, "on_evaluate_start", "on_evaluate_end",
         "on_checkpoint_start", "on_checkpoint_end", "on_train_end", "on_run_end",
     ]  # fmt: skip
