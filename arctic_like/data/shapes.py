@@ -1,37 +1,49 @@
-"""Rows as people have them → conversations or texts. Strict: what does not fit is an error.
+"""Rows as people have them → conversations, texts, preferences. Strict: what does not fit is an
+error. The shapes are drawn in docs/data.md.
 
 A conversation is a list of messages with `role` and `content`, further keys as the chat template
-knows them, and `train: false` where an assistant's turn is context only.
+knows them, and `train` where a message says itself what of it is trained.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from arctic_like.data.columns import RowError, kind, list_of_maps, names, optional, value_at
+from arctic_like.data.mapping import mapped
+from arctic_like.data.messages import ROLES, Message, checked, messages_of, messages_or_text
+from arctic_like.data.pairs import split_messages, split_texts
+
 if TYPE_CHECKING:
-    from arctic_like.data.base import SourceConfig
+    from arctic_like.data.base import Shape, SourceConfig
 
-ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
-CONTENT_KEYS = ("content", "value", "text", "message")
+__all__ = [
+    "Message", "Pair", "RowError", "Unpaired", "conversation", "pair", "text", "tokens", "tools",
+    "unpaired",
+]  # fmt: skip
 
-Message = dict[str, Any]
+_CONVERSATIONS: list[tuple[Shape, tuple[str, ...]]] = [
+    ("messages", ("messages",)),
+    ("sharegpt", ("conversations",)),
+    ("prompt_completion", ("prompt", "completion")),
+    ("alpaca", ("instruction", "output")),
+    ("question_answer", ("user", "assistant")),
+]
+"""Shape → the columns that it is known by; the first one that fits."""
 
-
-class RowError(ValueError):
-    """A row that cannot be used; its text says what is there and what is expected, `hint` the way
-    out."""
-
-    def __init__(self, message: str, *, hint: str = "") -> None:
-        self.hint = hint
-        super().__init__(message)
+_QUESTIONS = (("user", "assistant"), ("question", "answer"), ("question", "response"),
+              ("query", "response"), ("problem", "solution"))  # fmt: skip
+_WAYS_OUT = (
+    "name another column with `column`, map the roles with `role_mapping`, or say the `shape`; "
+    "docs/data.md shows them all"
+)
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A preference: two answers to one prompt."""
+    """A preference: two answers to one prompt. Answers begin and end with the assistant."""
 
     prompt: list[Message]
     chosen: list[Message]
@@ -48,93 +60,284 @@ class Unpaired:
 
 
 def conversation(row: dict[str, Any], config: SourceConfig) -> list[Message]:
-    """The messages of a row.
+    """The messages of a row. Raises RowError.
 
-    From `role_mapping`, the column that the recipe names, `messages`, or `prompt` + `completion`
-    (of which only the completion is trained). Raises RowError.
+    From `role_mapping`, the column that the recipe names, or the columns of a known shape; of
+    `prompt` + `completion` only the completion is trained.
     """
+    return checked(_messages(row, config), {*ROLES, *config.role_mapping})
+
+
+def _messages(row: dict[str, Any], config: SourceConfig) -> list[Message]:
     if config.role_mapping:
-        messages = _mapped(row, config)
-    elif config.column:
-        messages = _turns(_column(row, config.column), config.column, config)
-    elif "messages" in row:
-        messages = _turns(row["messages"], "messages", config)
-    elif "prompt" in row and "completion" in row:
-        prompt = _as_turns(row["prompt"], "prompt", "user", config)
-        completion = _as_turns(row["completion"], "completion", "assistant", config)
-        messages = [{**message, "train": False} for message in prompt] + completion
-    else:
+        return mapped(row, config)
+    shape = _conversation_shape(row, config)
+    if shape == "messages":
+        name = config.column or "messages"
+        return messages_of(value_at(row, name), name, config)
+    if shape == "sharegpt":
+        name = config.column or "conversations"
+        return _with_system(row, messages_of(value_at(row, name), name, config, sharegpt=True))
+    if shape == "alpaca":
+        return _alpaca(row)
+    if shape == "question_answer":
+        return _question_answer(row)
+    prompt, completion = _prompt(row, config), _answer(row, "completion", config)
+    return [{**message, "train": False} for message in prompt] + completion
+
+
+def _conversation_shape(row: dict[str, Any], config: SourceConfig) -> Shape:
+    if config.shape not in ("auto", "messages", *(shape for shape, _ in _CONVERSATIONS)):
         raise RowError(
-            f"has the columns {_names(row)}; expected is `messages`, or `prompt` and `completion`; "
-            "name another column with `column`, or map the roles with `role_mapping`"
+            f"is read as `shape: {config.shape}`, which is no conversation", hint=_type_of(config)
         )
-    if not messages:
-        raise RowError("is an empty conversation; expected is at least one message")
-    allowed = {*ROLES, *config.role_mapping}
-    return [_checked(message, number, allowed) for number, message in enumerate(messages, 1)]
+    if config.shape != "auto":
+        return config.shape
+    if config.column:
+        return "sharegpt" if _speaks_sharegpt(optional(row, config.column)) else "messages"
+    shape = next((s for s, columns in _CONVERSATIONS if all(c in row for c in columns)), None)
+    if shape == "prompt_completion" and isinstance(row.get("label"), bool):
+        raise RowError(
+            "has `prompt`, `completion` and a `label`, which may be unwanted",
+            hint="train it with `type: kto`; `shape: prompt_completion` leaves the label aside",
+        )
+    if shape is not None:
+        return shape
+    known = ["`" + "` and `".join(columns) + "`" for _, columns in _CONVERSATIONS]
+    expected = f"expected is {', '.join(known[:-1])}, or {known[-1]}"
+    if {"chosen", "rejected"} <= row.keys():
+        raise RowError(f"is a preference (`chosen`, `rejected`); {expected}",
+                       hint="train preferences with `type: dpo`")  # fmt: skip
+    if "input_ids" in row:
+        raise RowError(f"is tokenised already (`input_ids`); {expected}",
+                       hint="say `process: false` for its source")  # fmt: skip
+    if isinstance(row.get("text"), str):
+        raise RowError(f"has a `text`, which is no conversation; {expected}",
+                       hint="train texts with `type: causal`")  # fmt: skip
+    raise RowError(f"has the columns {names(row)}; {expected}", hint=_WAYS_OUT)
+
+
+def _type_of(config: SourceConfig) -> str:
+    wanted = {"text": "causal", "preference": "dpo", "unpaired": "kto"}.get(config.shape)
+    return f"train it with `type: {wanted}`, or leave `shape` out" if wanted else _WAYS_OUT
+
+
+def _speaks_sharegpt(value: Any) -> bool:
+    return (
+        isinstance(value, list) and bool(value) and isinstance(value[0], dict)
+        and "from" in value[0] and "role" not in value[0]
+    )  # fmt: skip
+
+
+def _with_system(row: dict[str, Any], messages: list[Message]) -> list[Message]:
+    """With the column `system` in front, where the turns do not begin with one."""
+    system = row.get("system")
+    if not system or (messages and messages[0]["role"] == "system"):
+        return messages
+    return [{"role": "system", "content": system}, *messages]
+
+
+def _alpaca(row: dict[str, Any]) -> list[Message]:
+    """`instruction` and `input` are the question, one below the other; `history` holds earlier
+    questions and answers."""
+    messages: list[Message] = []
+    history = row.get("history") or []
+    if not isinstance(history, list):
+        raise RowError(f"has {kind(history)} in 'history'; expected is a list of turns")
+    for number, turn in enumerate(history, 1):
+        if not isinstance(turn, list) or len(turn) != 2:
+            raise RowError(
+                f"has {kind(turn)} as turn {number} of 'history'; expected is [question, answer]"
+            )
+        messages += [
+            {"role": "user", "content": turn[0]},
+            {"role": "assistant", "content": turn[1]},
+        ]
+    question, more = value_at(row, "instruction"), row.get("input")
+    if more:
+        if not isinstance(more, str) or not isinstance(question, str):
+            raise RowError(f"has {kind(more)} in 'input'; expected is text")
+        question = f"{question}\n{more}" if question else more
+    messages += [
+        {"role": "user", "content": question},
+        {"role": "assistant", "content": value_at(row, "output")},
+    ]
+    return _with_system(row, messages)
+
+
+def _question_answer(row: dict[str, Any]) -> list[Message]:
+    for question, answer in _QUESTIONS:
+        if question in row and answer in row:
+            return _with_system(row, [
+                {"role": "user", "content": row[question]},
+                {"role": "assistant", "content": row[answer]},
+            ])  # fmt: skip
+    raise RowError(
+        f"has the columns {names(row)}; expected is a question and its answer",
+        hint="say which they are: `role_mapping: {user: …, assistant: …}`",
+    )
 
 
 def text(row: dict[str, Any], config: SourceConfig) -> str:
     """The text of a row: the column that the recipe names, `text`, or the only one. Raises
     RowError."""
+    if config.shape not in ("auto", "text"):
+        raise RowError(f"is read as `shape: {config.shape}`, which is no text",
+                       hint="train conversations with `type: sft`; or leave `shape` out")  # fmt: skip
     name = config.column or ("text" if "text" in row or len(row) != 1 else next(iter(row)))
     if name == "text" and not config.column and "text" not in row:
         raise RowError(
-            f"has the columns {_names(row)}; expected is `text`; name another one with `column`"
+            f"has the columns {names(row)}; expected is `text`", hint=_text_ways_out(row)
         )
-    value = _column(row, name)
+    value = value_at(row, name)
     if not isinstance(value, str):
-        raise RowError(f"has {_kind(value)} in {name!r}; expected is text")
+        hint = _text_ways_out(row) if isinstance(value, list) else ""
+        raise RowError(f"has {kind(value)} in {name!r}; expected is text", hint=hint)
     return value
+
+
+def _text_ways_out(row: dict[str, Any]) -> str:
+    if {"chosen", "rejected"} <= row.keys():
+        return "train preferences with `type: dpo`"
+    if any(all(c in row for c in columns) for _, columns in _CONVERSATIONS):
+        return "train conversations with `type: sft`, or name a column of text with `column`"
+    return "name another column with `column`, or write it as a template: `{{ title }} {{ body }}`"
 
 
 def tools(row: dict[str, Any]) -> list[Any] | None:
     """The tools that a conversation may call: the column `tools`, a list or its JSON. Raises
     RowError."""
     value = row.get("tools")
-    if isinstance(value, str) and value.strip():
-        try:
-            value = json.loads(value)
-        except ValueError as error:
-            raise RowError(f"has no JSON in 'tools' ({error}); expected is a list") from None
-    if value is None or value in ("", []):
+    if value is None or value == [] or (isinstance(value, str) and not value.strip()):
         return None
-    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
-        raise RowError(f"has {_kind(value)} in 'tools'; expected is a list of maps")
-    return value
+    return list_of_maps(value, "tools", "a list of tools") or None
 
 
 def pair(row: dict[str, Any], config: SourceConfig) -> Pair:
-    """The preference of a row: `chosen` and `rejected`, with a `prompt` or what they have in
-    common. Raises RowError."""
-    for name in ("chosen", "rejected"):
-        if name not in row:
-            raise RowError(
-                f"has the columns {_names(row)}; expected is `chosen` and `rejected`, and `prompt`"
-            )
-    chosen = _as_turns(row["chosen"], "chosen", "assistant", config)
-    rejected = _as_turns(row["rejected"], "rejected", "assistant", config)
-    if row.get("prompt") is not None:
-        prompt = _as_turns(row["prompt"], "prompt", "user", config)
-    else:
-        prompt = []
-    common = 0
-    limit = min(len(chosen), len(rejected)) - 1
-    while not prompt and common < limit and chosen[common] == rejected[common]:
-        common += 1
-    return Pair(prompt or chosen[:common], chosen[common:], rejected[common:])
+    """The preference of a row. Raises RowError.
+
+    `chosen` and `rejected` are answers to `prompt`, or whole conversations, of which the prompt is
+    what they have in common. `role_mapping` may say where `prompt` (or `user`), `system`, `chosen`
+    and `rejected` stand.
+    """
+    _expect(row, config, ("chosen", "rejected"), "preference")
+    chosen, rejected = (_answer(row, name, config) for name in ("chosen", "rejected"))
+    prompt = _prompt(row, config, needed=False)
+    whole = chosen[:1] and rejected[:1] and chosen[0]["role"] != "assistant"
+    if whole:
+        stated = prompt
+        prompt, chosen, rejected = split_messages(chosen, rejected)
+        _agree(stated, prompt)
+    elif not prompt:
+        texts = [_stated(row, name, config) for name in ("chosen", "rejected")]
+        if not all(isinstance(one, str) for one in texts):
+            raise RowError("has no 'prompt', and answers alone in 'chosen' and 'rejected'",
+                           hint=_MAP_PROMPT)  # fmt: skip
+        prompt, chosen, rejected = split_texts(*texts)
+    if not prompt:
+        raise RowError(
+            "has no prompt: 'chosen' and 'rejected' begin with answers", hint=_MAP_PROMPT
+        )
+    system = _system(row, config)
+    return Pair(
+        checked(system + prompt),
+        _checked_answer(chosen, "chosen"),
+        _checked_answer(rejected, "rejected"),
+    )
+
+
+_MAP_PROMPT = "add the column `prompt`, or map it with `role_mapping: {prompt: …}`"
 
 
 def unpaired(row: dict[str, Any], config: SourceConfig) -> Unpaired:
-    """The judged answer of a row: `prompt`, `completion` and `label`. Raises RowError."""
-    if not isinstance(row.get("label"), bool):
-        raise RowError(f"has {_kind(row.get('label'))} in 'label'; expected is true or false")
-    return Unpaired(conversation(row, config), row["label"])
+    """The judged answer of a row: `prompt`, `completion` and `label`. Raises RowError.
+
+    Without a prompt, `completion` (or `messages`) is a whole conversation, of which the last turns
+    of the assistant are the answer.
+    """
+    whole = "messages" in row and "completion" not in row and not config.role_mapping
+    _expect(row, config, ("messages" if whole else "completion", "label"), "unpaired")
+    label = _stated(row, "label", config)
+    if label not in (True, False):  # 0 and 1 too
+        raise RowError(f"has {kind(label)} in 'label'; expected is true or false")
+    answer = _answer(row, "messages" if whole else "completion", config)
+    prompt = _system(row, config) + _prompt(row, config, needed=False)
+    if not prompt:
+        start = max((n for n, m in enumerate(answer, 1) if m["role"] != "assistant"), default=0)
+        prompt, answer = answer[:start], answer[start:]
+    if not prompt:
+        raise RowError("has no prompt: 'completion' begins with the answer", hint=_MAP_PROMPT)
+    messages = [{**message, "train": False} for message in checked(prompt)]
+    return Unpaired(messages + _checked_answer(answer, "completion"), bool(label))
+
+
+def _expect(
+    row: dict[str, Any], config: SourceConfig, columns: tuple[str, ...], shape: Shape
+) -> None:
+    if config.shape not in ("auto", shape):
+        raise RowError(f"is read as `shape: {config.shape}`; expected is `{shape}`",
+                       hint="leave `shape` out, or train it with `type: sft`")  # fmt: skip
+    if all(name in row or name in config.role_mapping for name in columns):
+        return
+    others = {"preference": ("completion", "label"), "unpaired": ("chosen", "rejected")}[shape]
+    hint = _WAYS_OUT
+    if all(name in row for name in others):
+        hint = f"train it with `type: {'kto' if shape == 'preference' else 'dpo'}`"
+    expected = ", ".join(f"`{name}`" for name in ("prompt", *columns))
+    raise RowError(f"has the columns {names(row)}; expected is {expected}", hint=hint)
+
+
+def _stated(row: dict[str, Any], name: str, config: SourceConfig) -> Any:
+    return value_at(row, config.role_mapping.get(name, name))
+
+
+def _prompt(row: dict[str, Any], config: SourceConfig, *, needed: bool = True) -> list[Message]:
+    mapping = config.role_mapping
+    path = mapping.get("prompt") or mapping.get("user") or "prompt"
+    value = (
+        optional(row, path) if not needed and path not in mapping.values() else value_at(row, path)
+    )
+    return [] if value is None and not needed else messages_or_text(value, path, "user", config)
+
+
+def _answer(row: dict[str, Any], name: str, config: SourceConfig) -> list[Message]:
+    return messages_or_text(_stated(row, name, config), name, "assistant", config)
+
+
+def _system(row: dict[str, Any], config: SourceConfig) -> list[Message]:
+    path = config.role_mapping.get("system")
+    value = optional(row, path) if path else None
+    return [{"role": "system", "content": value}] if value else []
+
+
+def _checked_answer(messages: list[Message], name: str) -> list[Message]:
+    if not messages:
+        raise RowError(f"has no answer in {name!r}; expected is a turn of the assistant")
+    messages = checked(messages)
+    for place, message in (("begins", messages[0]), ("ends", messages[-1])):
+        if message["role"] != "assistant":
+            raise RowError(
+                f"has an answer in {name!r} that {place} with a turn of the {message['role']}; "
+                "expected is the assistant"
+            )
+    return messages
+
+
+def _agree(stated: list[Message], found: list[Message]) -> None:
+    """Raise RowError where `prompt` says otherwise than the conversations begin."""
+    said = [str(message.get("content")).strip() for message in found]
+    for message in stated:
+        if str(message.get("content")).strip() not in said:
+            raise RowError(
+                "has a 'prompt' that is not among the messages with which 'chosen' and 'rejected' "
+                f"begin: {kind(message.get('content'))}",
+                hint="leave the prompt out, or keep only the answers in `chosen` and `rejected`",
+            )
 
 
 def tokens(row: dict[str, Any]) -> tuple[Sequence[int], Sequence[bool]]:
     """`input_ids` of a row that is tokenised already, and which are trained. Raises RowError."""
-    ids = _column(row, "input_ids")
+    ids = value_at(row, "input_ids")
     if not _whole_numbers(ids):
         raise RowError("has no list of whole numbers in 'input_ids'")
     labels = row.get("labels")
@@ -153,131 +356,3 @@ def tokens(row: dict[str, Any]) -> tuple[Sequence[int], Sequence[bool]]:
 
 def _whole_numbers(value: Any) -> bool:
     return isinstance(value, list) and all(type(item) is int for item in value)
-
-
-def _names(row: dict[str, Any]) -> str:
-    return ", ".join(map(repr, row)) or "(none)"
-
-
-def _kind(value: Any) -> str:
-    return {type(None): "null", list: "a list", dict: "a map"}.get(type(value), repr(value)[:60])
-
-
-def _column(row: dict[str, Any], path: str) -> Any:
-    """The value at a column or a dotted path into maps."""
-    if path in row:
-        return row[path]
-    value: Any = row
-    for key in path.split("."):
-        if not isinstance(value, dict) or key not in value:
-            raise RowError(f"has no {path!r}; its columns are {_names(row)}")
-        value = value[key]
-    return value
-
-
-def _checked(message: Message, number: int, allowed: set[str]) -> Message:
-    role, content = message.get("role"), message.get("content")
-    if role not in allowed:
-        raise RowError(
-            f"has the role {role!r} in message {number}; expected is one of {', '.join(ROLES)}; "
-            "map other names with `role_mapping`"
-        )
-    calls = message.get("tool_calls")
-    if not isinstance(content, str) and not (content is None and calls):
-        raise RowError(f"has {_kind(content)} as the content of message {number}; expected is text")
-    if not isinstance(message.get("train", True), bool):
-        raise RowError(f"has {_kind(message['train'])} as `train` of message {number}")
-    return {key: value for key, value in message.items() if value is not None}
-
-
-def _content(turn: dict[str, Any], number: int, config: SourceConfig) -> Any:
-    keys = (config.content_key,) if config.content_key else CONTENT_KEYS
-    for key in keys:
-        if key in turn:
-            return turn[key]
-    if turn.get("tool_calls"):
-        return None
-    raise RowError(
-        f"has no {' / '.join(map(repr, keys))} in message {number}, only {_names(turn)}; "
-        "name the key with `content_key`"
-    )
-
-
-def _turn_list(value: Any, name: str) -> list[dict[str, Any]]:
-    if not isinstance(value, list) or not all(isinstance(turn, dict) for turn in value):
-        raise RowError(f"has {_kind(value)} in {name!r}; expected is a list of messages")
-    return value
-
-
-def _turns(value: Any, name: str, config: SourceConfig) -> list[Message]:
-    """A list with `role` and a content key in each turn, as messages; further keys are kept."""
-    messages = []
-    for number, turn in enumerate(_turn_list(value, name), 1):
-        content = _content(turn, number, config)
-        dropped = {config.content_key or "content", *CONTENT_KEYS}
-        others = {key: item for key, item in turn.items() if key not in dropped}
-        messages.append({**others, "content": content})
-    return messages
-
-
-def _as_turns(value: Any, name: str, role: str, config: SourceConfig) -> list[Message]:
-    if isinstance(value, str):
-        return [{"role": role, "content": value}]
-    return _turns(value, name, config)
-
-
-def _mapped(row: dict[str, Any], config: SourceConfig) -> list[Message]:
-    """Messages by `role_mapping`: columns in the mapping's order, system first; lists in their own.
-
-    A list is walked once for all of its roles, so every turn is kept in its place; a turn whose
-    name is a role itself (`system`, `tool`) needs no mapping.
-    """
-    messages: list[Message] = []
-    walked: set[tuple[str, str]] = set()
-    roles = sorted(config.role_mapping, key=lambda role: role != "system")
-    for role in roles:
-        path = config.role_mapping[role]
-        listed = _list_path(row, path)
-        if listed is None:
-            value = _optional(row, path) if role == "system" else _column(row, path)
-            if role != "system" or value:
-                messages.append({"role": role, "content": value})
-        elif listed not in walked:
-            walked.add(listed)
-            messages += _walk(row, *listed, config)
-    return messages
-
-
-def _optional(row: dict[str, Any], path: str) -> Any:
-    try:
-        return _column(row, path)
-    except RowError:
-        return None
-
-
-def _list_path(row: dict[str, Any], path: str) -> tuple[str, str] | None:
-    """(list, field) if `path` is `list.field.value` with a list there, or None for a plain
-    column."""
-    parts = path.rsplit(".", 2)
-    if path in row or len(parts) != 3:
-        return None
-    return (parts[0], parts[1]) if isinstance(_optional(row, parts[0]), list) else None
-
-
-def _walk(row: dict[str, Any], name: str, field: str, config: SourceConfig) -> list[Message]:
-    roles = {
-        path.rsplit(".", 1)[1]: role
-        for role, path in config.role_mapping.items()
-        if path.rsplit(".", 1)[0] == f"{name}.{field}"
-    }
-    messages = []
-    for number, turn in enumerate(_turn_list(_column(row, name), name), 1):
-        value = turn.get(field)
-        role = roles.get(str(value), value if value in ROLES else None)
-        if role is None:
-            raise RowError(
-                f"has {field} {value!r} in turn {number} of {name!r}; role_mapping knows "
-                f"{', '.join(map(repr, roles))}"
-            )
-        messages.append({"role": role, "content": _content(turn, number, config)})
-    return messages

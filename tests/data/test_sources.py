@@ -10,7 +10,6 @@ import pytest
 
 from arctic_like.data.base import DataSource, SourceConfig, make_source
 from arctic_like.data.prepare import chosen_rows
-from arctic_like.data.shapes import RowError, conversation, text, tokens
 from arctic_like.data.sources import Stretch, read_conversations
 from arctic_like.errors import RecipeError
 
@@ -228,112 +227,6 @@ def test_missing_file(tmp_path, monkeypatch):
         list(source(tmp_path / "none.jsonl", type="file").rows())
     with pytest.raises(RecipeError, match=r"neither a file here nor .*\(offline\)"):
         list(source("no-such-owner-for-tests/none").rows())
-
-
-def config(**more):
-    return SourceConfig.model_validate(more)
-
-
-def turns(*pairs):
-    return [{"role": role, "content": content} for role, content in pairs]
-
-
-ASK = turns(("user", "q"), ("assistant", "a"))
-
-
-@pytest.mark.parametrize(
-    ("row", "more", "messages"),
-    [
-        ({"messages": ASK}, {}, ASK),
-        ({"messages": [{"role": "user", "value": "q"}, {"role": "assistant", "value": "a"}]}, {}, ASK),
-        ({"chat": ASK, "messages": 3}, {"column": "chat"}, ASK),
-        ({"messages": [{"role": "user", "say": "q"}]}, {"content_key": "say"}, ASK[:1]),
-        ({"prompt": "q", "completion": "a"}, {}, [{**ASK[0], "train": False}, ASK[1]]),
-        (
-            {"prompt": ASK, "completion": turns(("assistant", "b"))}, {},
-            [*({**m, "train": False} for m in ASK), {"role": "assistant", "content": "b"}],
-        ),
-        ({"ask": "q", "say": "a"}, {"role_mapping": {"user": "ask", "assistant": "say"}}, ASK),
-        (
-            {"s": "be", "q": "q", "a": "a"},
-            {"role_mapping": {"user": "q", "assistant": "a", "system": "s"}},
-            [*turns(("system", "be")), *ASK],
-        ),
-        (
-            {"s": None, "q": "q", "a": "a"},
-            {"role_mapping": {"system": "s", "user": "q", "assistant": "a"}}, ASK,
-        ),
-        (
-            {"deep": {"q": "q"}, "a": "a"},
-            {"role_mapping": {"user": "deep.q", "assistant": "a"}}, ASK,
-        ),
-        (
-            {"conversations": [
-                {"from": "system", "value": "be"}, {"from": "human", "value": "q"},
-                {"from": "gpt", "value": "a"}, {"from": "gpt", "value": "b"},
-                {"from": "human", "value": "r"}, {"from": "gpt", "value": "c"},
-            ]},
-            {"role_mapping": {"user": "conversations.from.human",
-                              "assistant": "conversations.from.gpt"}},
-            turns(("system", "be"), ("user", "q"), ("assistant", "a"), ("assistant", "b"),
-                  ("user", "r"), ("assistant", "c")),
-        ),
-    ],
-)  # fmt: skip
-def test_conversations(row, more, messages):
-    assert conversation(row, config(**more)) == messages
-
-
-@pytest.mark.parametrize(
-    ("row", "more", "message"),
-    [
-        ({"talk": ASK}, {}, r"has the columns 'talk'; expected is `messages`"),
-        ({"messages": []}, {}, "is an empty conversation"),
-        ({"messages": None}, {}, "has null in 'messages'; expected is a list"),
-        ({"messages": "hi"}, {}, "has 'hi' in 'messages'"),
-        ({"messages": turns(("user", None))}, {}, "has null as the content of message 1"),
-        ({"messages": turns(("user", ["x"]))}, {}, "has a list as the content of message 1"),
-        ({"messages": turns(("human", "x"))}, {}, r"has the role 'human' in message 1; .*role_mapping"),
-        ({"messages": [{"content": "x"}]}, {}, "has the role None in message 1"),
-        ({"messages": [{"role": "user"}]}, {}, r"has no 'content' / .* in message 1, only 'role'"),
-        ({"messages": [{"role": "user", "content": "x", "train": 1}]}, {}, "has 1 as `train`"),
-        ({"q": "x"}, {"role_mapping": {"user": "q", "assistant": "a"}}, "has no 'a'; its columns are 'q'"),
-        ({"q": "x", "a": None}, {"role_mapping": {"user": "q", "assistant": "a"}},
-         "has null as the content of message 2"),
-        ({"c": [{"from": "bing", "value": "x"}]},
-         {"role_mapping": {"user": "c.from.human"}},
-         r"has from 'bing' in turn 1 of 'c'; role_mapping knows 'human'"),
-    ],
-)  # fmt: skip
-def test_broken_conversations(row, more, message):
-    with pytest.raises(RowError, match=message):
-        conversation(row, config(**more))
-
-
-def test_texts():
-    assert text({"text": "x", "id": 1}, config()) == "x"
-    assert text({"body": "x"}, config()) == "x"
-    assert text({"a": {"b": "x"}, "c": 1}, config(column="a.b")) == "x"
-    for row, more, message in (
-        ({"a": "x", "b": "y"}, {}, "has the columns 'a', 'b'; expected is `text`"),
-        ({"text": None}, {}, "has null in 'text'"),
-        ({"text": "x"}, {"column": "body"}, "has no 'body'"),
-    ):
-        with pytest.raises(RowError, match=message):
-            text(row, config(**more))
-
-
-def test_tokens():
-    assert tokens({"input_ids": [1, 2]}) == ([1, 2], [True, True])
-    assert tokens({"input_ids": [1, 2], "labels": [-100, 2]}) == ([1, 2], [False, True])
-    for row, message in (
-        ({"ids": [1]}, "has no 'input_ids'"),
-        ({"input_ids": "1"}, "has no list of whole numbers"),
-        ({"input_ids": [1], "labels": [1, 2]}, "not as many"),
-        ({"input_ids": [1], "labels": [2]}, "has the label 2 at the token 1"),
-    ):
-        with pytest.raises(RowError, match=message):
-            tokens(row)
 
 
 def test_the_bundled_readers_need_no_more_than_a_path():
