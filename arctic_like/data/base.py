@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
+    from arctic_like.data.order import Plan
     from arctic_like.world import World
 
 LongSamples = Literal["error", "drop", "truncate_left", "truncate_right", "split"]
@@ -434,7 +435,8 @@ class PreparedData:
 
     evaluation: name → set, in the recipe's order. facts: numbers about the training set (`samples`,
     `documents`, `tokens`, `trained_tokens`, `dropped`, `truncated`, `fill_rate`, `max_length`),
-    which other parts may ask for by name. test: as `evaluation`, measured by the test stage. collate: samples → `input_ids`, `labels`, `position_ids`,
+    which other parts may ask for by name. test: as `evaluation`, measured by the test stage. plan: global batch size
+    → the order of the training samples, where it is not the seeded one over the whole set. collate: samples → `input_ids`, `labels`, `position_ids`,
     each (micro_batch, length) int64. report: lines for the console: what was read, cut and packed.
     """
 
@@ -444,6 +446,7 @@ class PreparedData:
     facts: dict[str, Any] = field(default_factory=dict)
     report: str = ""
     test: dict[str, SampleSet] = field(default_factory=dict)
+    plan: Callable[[int], Plan] | None = None
 
 
 class DataFactory(Part, family="data"):

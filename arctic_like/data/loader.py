@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
-from arctic_like.data.order import BatchPlan, GlobalBatch, split
+from arctic_like.data.order import GlobalBatch, Plan, split
 from arctic_like.errors import RunError
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ class Loader:
 
     samples: SampleSet
     collate: Collate
-    plan: BatchPlan
+    plan: Plan
     micro_batch_size: int
     rank: int = 0
     size: int = 1

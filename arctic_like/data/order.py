@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -107,6 +107,29 @@ class GlobalBatch:
     def next_position(self) -> int:
         """The position after this batch."""
         return self.position + len(self.samples)
+
+
+class Plan(Protocol):
+    """Global batch by position: what the loop and the loader ask of any order of samples."""
+
+    @property
+    def size(self) -> int:
+        """Samples in the set."""
+
+    @property
+    def global_batch_size(self) -> int:
+        """Samples of a full global batch."""
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Optimizer steps of one epoch."""
+
+    @property
+    def samples_per_epoch(self) -> int:
+        """Samples of one epoch."""
+
+    def at(self, position: int) -> GlobalBatch:
+        """The global batch that begins at `position`; it never reaches into the next epoch."""
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from arctic_like.data.base import PreparedData, SampleSet
     from arctic_like.data.loader import Loader, MicroBatch
-    from arctic_like.data.order import BatchPlan
+    from arctic_like.data.order import Plan
     from arctic_like.engine.host import HostGroup
     from arctic_like.model.base import ModelFacts
     from arctic_like.recipe import Recipe
@@ -75,7 +75,7 @@ class Equipment:
     info: RunInfo
     tokenizer: Any
     data: PreparedData
-    plan: BatchPlan
+    plan: Plan
     loader: Loader
     total_steps: int
     warmup_steps: int
@@ -168,7 +168,7 @@ def prepare_data(
         data = supply(
             build(config.data, "data").build, info, tokenizer=tokenizer,
             max_positions=facts.max_positions,
-            seed=config.seed if config.data.seed is None else config.data.seed,
+            seed=info.seed if getattr(config.data, "seed", None) is None else config.data.seed,
         )  # fmt: skip
         if data.train is None or not len(data.train):
             raise RecipeError(Problem("holds no sample to train on", place="data.sources"))
@@ -210,14 +210,15 @@ def _batch_sizes(config: Any, world: World, resumed: dict[str, Any] | None) -> d
     }
 
 
-def _loader(config: Any, info: RunInfo, data: PreparedData) -> tuple[BatchPlan, Loader]:
+def _loader(config: Any, info: RunInfo, data: PreparedData) -> tuple[Plan, Loader]:
     from arctic_like.data.loader import Loader
     from arctic_like.data.order import BatchPlan
 
     assert data.train is not None
-    seed = config.data.seed
-    plan = BatchPlan(
-        size=len(data.train), global_batch_size=info.global_batch_size,
+    seed = getattr(config.data, "seed", None)
+    size = info.global_batch_size
+    plan: Plan = data.plan(size) if data.plan is not None else BatchPlan(
+        size=len(data.train), global_batch_size=size,
         seed=info.seed if seed is None else seed, drop_last=bool(getattr(config.data, "drop_last", False)),
     )  # fmt: skip
     loader = Loader(
@@ -229,7 +230,7 @@ def _loader(config: Any, info: RunInfo, data: PreparedData) -> tuple[BatchPlan, 
     return plan, loader
 
 
-def _horizon(config: Any, plan: BatchPlan, data: PreparedData) -> tuple[int, int]:
+def _horizon(config: Any, plan: Plan, data: PreparedData) -> tuple[int, int]:
     """Optimizer steps of the run, and those of its warm-up."""
     total = config.train_iters or config.epochs * plan.batches_per_epoch
     total = max(total, config.min_iterations)
