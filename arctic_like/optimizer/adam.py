@@ -2,29 +2,70 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+from pydantic import Field, field_validator
+
+from arctic_like.config.base import wrong
+from arctic_like.config.values import HumanFloat
 from arctic_like.errors import Problem, RecipeError
-from arctic_like.optimizer.base import OptimizerConfig, OptimizerFactory, parameter_groups
+from arctic_like.optimizer.base import GroupConfig, OptimizerConfig, OptimizerFactory
+from arctic_like.optimizer.groups import parameter_groups
 
 if TYPE_CHECKING:
     from torch import nn
     from torch.optim import Optimizer
 
 
-class AdamWConfig(OptimizerConfig):
+Betas = tuple[HumanFloat, HumanFloat]
+
+
+def _within_unit_interval(betas: Betas | None) -> Betas | None:
+    if betas is not None and not all(0 <= beta < 1 for beta in betas):
+        raise wrong(f"are {betas[0]} and {betas[1]}; both must be at least 0 and below 1")
+    return betas
+
+
+class AdamGroupConfig(GroupConfig):
+    """Some parameters with settings of their own."""
+
+    betas: Betas | None = None
+    """The group's `betas`."""
+
+    eps: Annotated[HumanFloat, Field(gt=0)] | None = None
+    """The group's `eps`."""
+
+    _check_betas = field_validator("betas")(_within_unit_interval)
+
+
+class AdamConfig(OptimizerConfig):
+    """What all forms of Adam can be told."""
+
+    betas: Betas = (0.9, 0.999)
+    """Decay of the running averages of the gradient and of its square."""
+
+    eps: HumanFloat = Field(default=1e-8, gt=0)
+    """Added to the root of the second moment, against division by zero."""
+
+    groups: tuple[AdamGroupConfig, ...] = ()
+    """Parameters with settings of their own; all that no group matches have the optimizer's."""
+
+    _check_betas = field_validator("betas")(_within_unit_interval)
+
+
+class AdamWConfig(AdamConfig):
     """AdamW of torch: works on every device, with and without offload."""
 
     type: str = "adamw"
 
 
-class FusedAdamConfig(OptimizerConfig):
+class FusedAdamConfig(AdamConfig):
     """DeepSpeed's FusedAdam: CUDA only."""
 
     type: str = "fused_adam"
 
 
-class CPUAdamConfig(OptimizerConfig):
+class CPUAdamConfig(AdamConfig):
     """DeepSpeed's CPU Adam, for parameters or optimizer states that are offloaded to the CPU."""
 
     type: str = "cpu_adam"
@@ -35,6 +76,7 @@ class AdamWFactory(OptimizerFactory):
 
     name = "adamw"
     config_type = AdamWConfig
+    config: AdamWConfig
 
     def build(self, *, model: nn.Module, device: str, offload: bool) -> Optimizer:
         """torch's AdamW in its fused form on CPU and CUDA.
@@ -55,6 +97,7 @@ class FusedAdamFactory(OptimizerFactory):
 
     name = "fused_adam"
     config_type = FusedAdamConfig
+    config: FusedAdamConfig
 
     def build(self, *, model: nn.Module, device: str, offload: bool) -> Optimizer:
         """DeepSpeed's FusedAdam. Raises RecipeError where the update is not done on CUDA."""
@@ -80,6 +123,7 @@ class CPUAdamFactory(OptimizerFactory):
 
     name = "cpu_adam"
     config_type = CPUAdamConfig
+    config: CPUAdamConfig
 
     def build(self, *, model: nn.Module, device: str, offload: bool) -> Optimizer:
         """DeepSpeed's CPU Adam. Raises RecipeError where the update is done on a GPU."""
@@ -107,10 +151,8 @@ class CPUAdamFactory(OptimizerFactory):
             ) from error
 
 
-def _arguments(
-    config: OptimizerConfig, model: nn.Module
-) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    groups = parameter_groups(model, weight_decay=config.weight_decay)
+def _arguments(config: AdamConfig, model: nn.Module) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    groups = parameter_groups(model, weight_decay=config.weight_decay, groups=config.groups)
     return groups, {
         "lr": config.learning_rate,
         "betas": config.betas,

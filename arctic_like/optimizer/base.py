@@ -2,17 +2,64 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import re
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
-from arctic_like.config.base import PartConfig, wrong
+from arctic_like.config.base import Config, PartConfig, wrong
 from arctic_like.config.values import HumanFloat
 from arctic_like.registry import Part
+from arctic_like.registry.choice import Choice
 
 if TYPE_CHECKING:
     from torch import nn
     from torch.optim import Optimizer
+
+
+class GroupConfig(Config):
+    """Some parameters with settings of their own; what a group leaves out is the optimizer's."""
+
+    aliases = {"lr": "learning_rate"}
+
+    match: str
+    """A regular expression, searched for in the parameters' names (`embed|lm_head`). A parameter
+    belongs to the first group that matches."""
+
+    name: str = ""
+    """The group's name in the metrics, `learning_rate/<name>`; `match` unless given."""
+
+    learning_rate: Annotated[HumanFloat, Field(ge=0)] | None = None
+    """The group's highest learning rate."""
+
+    weight_decay: Annotated[HumanFloat, Field(ge=0)] | None = None
+    """Weight decay of the group's matrices and embeddings; norms and biases are never decayed."""
+
+    scheduler: Annotated[PartConfig, Choice("scheduler")] | None = None
+    """The group's own schedule, which scales the group's `learning_rate`; the recipe's `scheduler`
+    unless given."""
+
+    @field_validator("match")
+    @classmethod
+    def _is_a_pattern(cls, match: str) -> str:
+        try:
+            re.compile(match)
+        except re.error as error:
+            raise wrong(f"is {match!r}, not a regular expression: {error}") from None
+        if not match:
+            raise wrong("is empty, and would match every parameter", hint="write `.` for all")
+        return match
+
+    @property
+    def label(self) -> str:
+        """The group's name: as stated, or its pattern."""
+        return self.name or self.match
+
+    def stated(self) -> dict[str, Any]:
+        """What the group sets, by the recipe's names, without what finds and schedules it."""
+        names = [n for n in type(self).model_fields if n not in ("match", "name", "scheduler")]
+        values = {name: getattr(self, name) for name in names} | (self.model_extra or {})
+        return {name: value for name, value in values.items() if value is not None}
 
 
 class OptimizerConfig(PartConfig):
@@ -21,7 +68,7 @@ class OptimizerConfig(PartConfig):
     aliases = {"lr": "learning_rate"}
 
     type: str = "adamw"
-    """Which optimizer: `adamw`, `fused_adam`, `cpu_adam`, or a user's own."""
+    """Which optimizer: a registered name, or a class by its dotted path (`torch.optim.SGD`)."""
 
     learning_rate: HumanFloat = Field(default=5e-4, ge=0)
     """The highest learning rate; the scheduler scales it from step to step."""
@@ -29,63 +76,35 @@ class OptimizerConfig(PartConfig):
     weight_decay: HumanFloat = Field(default=0.1, ge=0)
     """Decoupled weight decay of matrices and embeddings; norms and biases are never decayed."""
 
-    betas: tuple[HumanFloat, HumanFloat] = (0.9, 0.999)
-    """Decay of the running averages of the gradient and of its square."""
+    groups: tuple[GroupConfig, ...] = ()
+    """Parameters with settings of their own; all that no group matches have the optimizer's."""
 
-    eps: HumanFloat = Field(default=1e-8, gt=0)
-    """Added to the root of the second moment, against division by zero."""
-
-    @field_validator("betas")
-    @classmethod
-    def _within_unit_interval(cls, betas: tuple[float, float]) -> tuple[float, float]:
-        if not all(0 <= beta < 1 for beta in betas):
-            raise wrong(f"are {betas[0]} and {betas[1]}; both must be at least 0 and below 1")
-        return betas
+    @model_validator(mode="after")
+    def _names_differ(self) -> Self:
+        labels = [group.label for group in self.groups]
+        for number, label in enumerate(labels):
+            if label in labels[:number]:
+                raise wrong(
+                    f"is {label!r}, which an earlier group is called too",
+                    place=f"groups.{number}.{'name' if self.groups[number].name else 'match'}",
+                    hint="give it another `name`",
+                )
+        return self
 
 
 class OptimizerFactory(Part, family="optimizer"):
     """Builds the optimizer of a run."""
 
-    config_type = OptimizerConfig
+    config_type: ClassVar[type[PartConfig]] = OptimizerConfig
     config: OptimizerConfig
+    dotted: ClassVar[str] = "module.Class"
 
     def build(self, *, model: nn.Module, device: str, offload: bool) -> Optimizer:
         """The plain torch optimizer over the model's trainable parameters.
 
         device: where the parameters are trained, "cpu" or "cuda:0".
         offload: whether DeepSpeed keeps optimizer states and runs the update on the CPU.
+        Its groups come from `optimizer.groups.parameter_groups`, which reads `config.groups`.
         Raises RecipeError where the optimizer cannot run here.
         """
         raise NotImplementedError
-
-
-def parameter_groups(model: nn.Module, *, weight_decay: float) -> list[dict[str, Any]]:
-    """The trainable parameters as up to two groups: with and without weight decay.
-
-    Without: biases, norms, and every other parameter of less than two dimensions. Shared
-    parameters count once. The same groups in the same order at every ZeRO stage: ZeRO-3 leaves
-    an empty shard in a parameter's place, so its shape is read from `ds_shape` there.
-    """
-    exempt = _norm_parameters(model)
-    decayed: list[nn.Parameter] = []
-    plain: list[nn.Parameter] = []
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            spared = parameter in exempt or not _decays(name, parameter)
-            (plain if spared else decayed).append(parameter)
-    groups = [
-        {"params": decayed, "weight_decay": weight_decay},
-        {"params": plain, "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
-
-
-def _decays(name: str, parameter: nn.Parameter) -> bool:
-    # A mixture of experts stacks biases into matrices (`gate_up_proj_bias`): the name goes first.
-    leaf = name.rpartition(".")[2].lower()
-    return not leaf.endswith("bias") and len(getattr(parameter, "ds_shape", parameter.shape)) >= 2
-
-
-def _norm_parameters(model: nn.Module) -> set[nn.Parameter]:
-    norms = (module for module in model.modules() if "norm" in type(module).__name__.lower())
-    return {parameter for norm in norms for parameter in norm.parameters(recurse=False)}

@@ -19,6 +19,7 @@ from collections.abc import Iterable
 from typing import Any, ClassVar, TypeVar
 
 from arctic_like.config.base import PartConfig
+from arctic_like.registry.dotted import is_dotted
 from arctic_like.registry.index import BUILT_IN
 
 _members: dict[str, dict[str, type[Part]]] = {}
@@ -33,6 +34,9 @@ class Part:
     family: ClassVar[str] = ""
     name: ClassVar[str] = ""
     config_type: ClassVar[type[PartConfig]] = PartConfig
+    dotted: ClassVar[str] = ""
+    """A family's base may name the member that stands for every class by its dotted path
+    (`type: torch.optim.SGD`); empty: registered names only."""
 
     def __init_subclass__(cls, family: str = "", **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -101,8 +105,8 @@ def families() -> list[str]:
 def lookup(family: str, name: str) -> type[Part]:
     """The class registered under `name`; imports its module if it is built in.
 
-    Where the name is not known, installed plug-ins are imported too. Raises KeyError if there is
-    none;
+    A dotted path (`torch.optim.SGD`) is the member that the family names for such paths. Where the
+    name is not known, installed plug-ins are imported too. Raises KeyError if there is none;
     `Choice` and `recipe` turn it into a sentence with the nearest name.
     """
     members = _members.setdefault(family, {})
@@ -115,7 +119,16 @@ def lookup(family: str, name: str) -> type[Part]:
         from arctic_like.registry.plugins import load_plugins
 
         load_plugins()
+    if name not in members and is_dotted(name) and (stand_in := _dotted_member(family)):
+        return lookup(family, stand_in)
     return members[name]
+
+
+def _dotted_member(family: str) -> str:
+    """The member that stands for dotted paths, which the family's base names; empty without one."""
+    if family not in _families and family in BUILT_IN:  # a member's module imports the base
+        lookup(family, next(iter(BUILT_IN[family])))
+    return _families[family].dotted if family in _families else ""
 
 
 def members(family: str) -> dict[str, type[Part]]:

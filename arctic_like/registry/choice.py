@@ -28,6 +28,7 @@ from arctic_like import registry
 from arctic_like.config.base import PartConfig, wrong
 from arctic_like.config.values import shown
 from arctic_like.registry import factory_types
+from arctic_like.registry.dotted import PATTERN
 
 _described: ContextVar[tuple[tuple[str, ...], tuple[type, ...]]] = ContextVar(
     "_described", default=((), ())
@@ -103,7 +104,7 @@ class Choice:
             known = ", ".join(registry.names(self.family))
             raise wrong("is needed", place="type", hint=f"one of: {known}")
         inner = {**context, "owners": (part, *owners)}
-        return config.model_validate({**value, "type": part.name}, context=inner)
+        return config.model_validate({**value, "type": name or part.name}, context=inner)
 
     def __get_pydantic_core_schema__(
         self, source: Any, handler: GetCoreSchemaHandler
@@ -150,7 +151,7 @@ class Choice:
             with describing(part, *owners, families=(*families, self.family)):
                 variant = dict(handler(own))
             properties = dict(variant.get("properties", {}))
-            properties["type"] = {"const": name, "description": registry.summary(part)}
+            properties["type"] = {**_type_schema(part), "description": registry.summary(part)}
             # `required` without `type`: a base file or an override may state the others
             required = [] if name == default else ["type"]
             title = f"{self.family} {name}"
@@ -165,6 +166,13 @@ def describing(*owners: type, families: tuple[str, ...] = ()) -> Iterator[None]:
         yield
     finally:
         _described.reset(token)
+
+
+def _type_schema(part: type[registry.Part]) -> dict[str, Any]:
+    """What `type:` may say for a part: its name, or any dotted path where it stands for these."""
+    if part.name == part.dotted:
+        return {"type": "string", "pattern": PATTERN}
+    return {"const": part.name}
 
 
 def _same(value: Any) -> Any:

@@ -34,11 +34,14 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "adamw": "arctic_like.optimizer.adam:AdamWFactory",
         "fused_adam": "arctic_like.optimizer.adam:FusedAdamFactory",
         "cpu_adam": "arctic_like.optimizer.adam:CPUAdamFactory",
+        "module.Class": "arctic_like.optimizer.dotted:DottedOptimizerFactory",
     },
     "scheduler": {
         "huggingface": "arctic_like.scheduler.huggingface:HFSchedulerFactory",
         "wsd": "arctic_like.scheduler.closed_form:WSDFactory",
         "cosine_with_floor": "arctic_like.scheduler.closed_form:CosineWithFloorFactory",
+        "plateau": "arctic_like.scheduler.plateau:PlateauFactory",
+        "module.Class": "arctic_like.scheduler.dotted:DottedSchedulerFactory",
     },
     "checkpoint": {
         "deepspeed": "arctic_like.checkpoint.deepspeed:DeepSpeedCheckpoint",

@@ -1,4 +1,4 @@
-"""Every schedule that transformers knows by name and that needs no metric."""
+"""Every schedule that transformers knows by name."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from arctic_like.config.base import wrong
 from arctic_like.errors import Problem, RecipeError
-from arctic_like.scheduler.base import SchedulerConfig, SchedulerFactory
+from arctic_like.scheduler.base import Interval, SchedulerConfig, SchedulerFactory
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -46,12 +46,6 @@ class HFSchedulerConfig(SchedulerConfig):
 
     @model_validator(mode="after")
     def _usable(self) -> Self:
-        if self.name in NEEDS_METRIC:
-            raise wrong(
-                f"is {self.name!r}, which follows a metric; that is not supported yet",
-                place="name",
-                hint="take one that follows the step, such as cosine or linear",
-            )
         if self.name == "constant" and (self.warmup_steps or self.given("warmup_ratio")):
             raise wrong(
                 "is 'constant', which has no warm-up",
@@ -60,8 +54,12 @@ class HFSchedulerConfig(SchedulerConfig):
             )
         return self
 
+    def allowed_intervals(self) -> tuple[Interval, ...]:
+        """By a metric for the schedules that follow one."""
+        return ("metric",) if self.name in NEEDS_METRIC else self.intervals
+
     def resolve_warmup(self, total_steps: int) -> int:
-        """The warm-up's length in steps; 0 for `constant`, which has none."""
+        """The warm-up's length; 0 for `constant`, which has none."""
         return 0 if self.name == "constant" else super().resolve_warmup(total_steps)
 
 
@@ -72,16 +70,27 @@ class HFSchedulerFactory(SchedulerFactory):
     config_type = HFSchedulerConfig
     config: HFSchedulerConfig
 
-    def build(self, *, optimizer: Optimizer, total_steps: int, warmup_steps: int) -> LRScheduler:
+    def build(
+        self,
+        *,
+        optimizer: Optimizer,
+        total_steps: int,
+        warmup_steps: int,
+        mode: Literal["min", "max"] = "min",
+    ) -> LRScheduler:
+        """The schedule of transformers; `mode` is for those that follow a metric."""
         from transformers import get_scheduler
 
+        own = dict(self.config.scheduler_specific_kwargs)
+        if self.config.interval == "metric":
+            own.setdefault("mode", mode)
         try:
             scheduler: LRScheduler = get_scheduler(
                 self.config.name,
                 optimizer=optimizer,
                 num_warmup_steps=warmup_steps,
                 num_training_steps=total_steps,
-                scheduler_specific_kwargs=dict(self.config.scheduler_specific_kwargs),
+                scheduler_specific_kwargs=own,
             )
         except (TypeError, ValueError) as error:
             raise RecipeError(

@@ -18,7 +18,7 @@ from arctic_like.optimizer.adam import (
     FusedAdamConfig,
     FusedAdamFactory,
 )
-from arctic_like.optimizer.base import parameter_groups
+from arctic_like.optimizer.groups import parameter_groups
 
 
 class Experts(nn.Module):
