@@ -10,11 +10,29 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "sft": "arctic_like.trainer.sft:SFTTrainer",
         "causal": "arctic_like.trainer.causal:CausalTrainer",
         "dpo": "arctic_like.trainer.dpo:DPOTrainer",
+        "supervised": "arctic_like.trainer.supervised:SupervisedTrainer",
+    },
+    "criterion": {
+        "cross_entropy": "arctic_like.trainer.criteria:CrossEntropy",
+        "mse": "arctic_like.trainer.criteria:MSE",
+        "l1": "arctic_like.trainer.criteria:L1",
+        "smooth_l1": "arctic_like.trainer.criteria:SmoothL1",
+        "bce_with_logits": "arctic_like.trainer.criteria:BCEWithLogits",
+        "module.Class": "arctic_like.trainer.criteria:DottedCriterion",
+    },
+    "metric": {
+        "accuracy": "arctic_like.trainer.criteria:Accuracy",
+        "confusion_matrix": "arctic_like.trainer.criteria:ConfusionMatrix",
+        "mae": "arctic_like.trainer.criteria:MAE",
+        "rmse": "arctic_like.trainer.criteria:RMSE",
+        "r2": "arctic_like.trainer.criteria:R2",
+        "module.Class": "arctic_like.trainer.criteria:DottedMetric",
     },
     "data": {
         "sft": "arctic_like.data.factory:SFTDataFactory",
         "causal": "arctic_like.data.factory:CausalDataFactory",
         "dpo": "arctic_like.data.factory:DPODataFactory",
+        "torch": "arctic_like.data.any_torch:TorchDataFactory",
     },
     "source": {
         "huggingface": "arctic_like.data.sources:HFSource",
@@ -25,10 +43,12 @@ BUILT_IN: dict[str, dict[str, str]] = {
     "model": {
         "huggingface": "arctic_like.model.huggingface:HFModelFactory",
         "liger": "arctic_like.model.liger:LigerModelFactory",
+        "torch": "arctic_like.model.any_torch:TorchModelFactory",
     },
     "tokenizer": {
         "huggingface": "arctic_like.tokenizer.huggingface:HFTokenizerFactory",
         "byte": "arctic_like.tokenizer.byte:ByteTokenizerFactory",
+        "none": "arctic_like.tokenizer.none:NoTokenizerFactory",
     },
     "optimizer": {
         "adamw": "arctic_like.optimizer.adam:AdamWFactory",

@@ -298,7 +298,7 @@ def _learner(
     ds_config = _deepspeed_dictionary(part, info, resumed, model_part.facts().hidden_size, section)
     with notice.part(f"{prefix}model"):
         module = supply(
-            model_part.build, info, tokenizer=tokenizer, ds_config=ds_config,
+            model_part.build, info, tokenizer=tokenizer, ds_config=ds_config, learner=name,
             zero_stage=_stage(ds_config),
         )  # fmt: skip
     if getattr(part, "frozen", False):

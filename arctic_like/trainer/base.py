@@ -75,8 +75,10 @@ class Trainer(Part, Moments, Surface, family="trainer"):
     data_factory_type: ClassVar[Any] = ("sft", "causal")
     model_factory_type: ClassVar[Any] = ("huggingface", "liger")
     tokenizer_factory_type: ClassVar[Any] = ("huggingface", "byte")
-    optimizer_factory_type: ClassVar[Any] = ("adamw", "fused_adam", "cpu_adam")
-    scheduler_factory_type: ClassVar[Any] = ("huggingface", "wsd", "cosine_with_floor")
+    optimizer_factory_type: ClassVar[Any] = ("adamw", "fused_adam", "cpu_adam", "module.Class")
+    scheduler_factory_type: ClassVar[Any] = (
+        "huggingface", "wsd", "cosine_with_floor", "plateau", "module.Class",
+    )  # fmt: skip
     checkpoint_engine_type: ClassVar[Any] = ("deepspeed", "huggingface")
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -550,24 +552,20 @@ class Trainer(Part, Moments, Surface, family="trainer"):
 
     def checked_loss(self, loss: Any, weight: float) -> Loss:
         """The one place where a scalar or a `Loss` becomes one form. Raises RunError for any other."""
-        if not isinstance(loss, Loss):
-            loss = Loss(loss)
-        elif loss.weight is not None and weight and float(loss.weight) != weight:
+        found = loss if isinstance(loss, Loss) else Loss(loss)
+        if found.weight is not None and weight and float(found.weight) != weight:
             raise RunError(
-                f"{type(self).__name__}.loss says its mean is over {loss.weight}, but weight(batch) is "
+                f"{type(self).__name__}.loss says its mean is over {found.weight}, but weight(batch) is "
                 f"{weight}; the gradient would be scaled wrongly. Let both count the same"
             )
-        if not hasattr(loss.mean, "ndim") or loss.mean.ndim != 0:
-            what = (
-                f"shape {tuple(loss.mean.shape)}"
-                if hasattr(loss.mean, "shape")
-                else type(loss.mean)
-            )
+        shape = getattr(found.mean, "shape", None)
+        if shape is None or len(shape):
+            what = type(found.mean).__name__ if shape is None else f"a tensor of shape {tuple(shape)}"
             raise RunError(
-                f"{type(self).__name__}.loss returned a tensor of {what}; "
+                f"{type(self).__name__}.loss returned {what}; "
                 "it must be the scalar mean over weight(batch)"
             )
-        return loss
+        return found
 
     def _after_step(self, batch: StepBatch) -> None:
         """Counters, line, evaluation, epoch's end and checkpoint of the step that was just done."""
