@@ -10,6 +10,8 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "sft": "arctic_like.trainer.sft:SFTTrainer",
         "causal": "arctic_like.trainer.causal:CausalTrainer",
         "dpo": "arctic_like.trainer.dpo:DPOTrainer",
+        "gan": "arctic_like.trainer.gan:GANTrainer",
+        "distill": "arctic_like.trainer.distill:DistillTrainer",
         "supervised": "arctic_like.trainer.supervised:SupervisedTrainer",
     },
     "criterion": {
@@ -39,6 +41,11 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "huggingface_instruct": "arctic_like.data.sources:HFInstructSource",
         "huggingface_causal": "arctic_like.data.sources:HFCausalSource",
         "file": "arctic_like.data.sources:FileSource",
+        "python": "arctic_like.data.python_source:PythonSource",
+        "sql": "arctic_like.data.sql:SQLSource",
+        "snowflake": "arctic_like.data.snowflake:SnowflakeSource",
+        "snowflake_table": "arctic_like.data.snowflake:SnowflakeTableSource",
+        "snowflake_dataset": "arctic_like.data.snowflake:SnowflakeDatasetSource",
     },
     "model": {
         "huggingface": "arctic_like.model.huggingface:HFModelFactory",
@@ -66,6 +73,11 @@ BUILT_IN: dict[str, dict[str, str]] = {
     "checkpoint": {
         "deepspeed": "arctic_like.checkpoint.deepspeed:DeepSpeedCheckpoint",
         "huggingface": "arctic_like.checkpoint.huggingface:HFCheckpoint",
+    },
+    "exporter": {
+        "safetensors": "arctic_like.checkpoint.exporters:SafetensorsExporter",
+        "torchscript": "arctic_like.checkpoint.exporters:TorchScriptExporter",
+        "onnx": "arctic_like.checkpoint.exporters:ONNXExporter",
     },
     "callback": {
         "exact_match": "arctic_like.callbacks.exact_match:ExactMatch",

@@ -187,6 +187,9 @@ class TrainerConfig(PartConfig):
     checkpoint: Annotated[list[Annotated[PartConfig, Choice("checkpoint")]], OneOrMany()] = []
     """Checkpoint engines: one map or a list of them."""
 
+    exporters: list[Annotated[PartConfig, Choice("exporter", short="type")]] = []
+    """Forms of other programs in which the trained model is written once, into `exports/`."""
+
     callbacks: list[Annotated[PartConfig, Choice("callback")]] = []
     """What happens beside the training, at its moments."""
 
@@ -338,6 +341,18 @@ class TrainerConfig(PartConfig):
                 raise wrong(
                     f"is true, but {reason}", place="data.pack_samples", hint="set it to false"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _measured(self) -> TrainerConfig:
+        from arctic_like.trainer.measured import metric_schedules
+
+        if not self.eval_interval and (places := metric_schedules(self)):
+            raise wrong(
+                "is 'metric', but eval_interval is off: it would never move",
+                place=f"{places[0]}.interval",
+                hint="state eval_interval, such as `1 epoch`",
+            )
         return self
 
     def resolve_batch(self, world_size: int) -> Batch:

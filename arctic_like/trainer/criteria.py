@@ -54,6 +54,10 @@ class Criterion(Part, family="criterion"):
     config: Any
     dotted: ClassVar[str] = "module.Class"
 
+    def setup(self) -> None:
+        """Called once before the first batch. One of one's own may name what it wants to know of the
+        run: what the data publishes, `seed`, `total_steps` …"""
+
     def __call__(self, outputs: Any, targets: Any) -> Tensor:
         """The mean over the rows of a micro-batch: a scalar with gradient."""
         raise NotImplementedError

@@ -39,7 +39,7 @@ def evaluate_set(
     objects: dict[str, Any] = {}
     with_index = takes_index(step)
     for index, micro in enumerate(batches):
-        batch = trainer.to_device(micro.data)
+        batch, trainer.samples = trainer.to_device(micro.data), micro.samples
         weight = 0.0 if micro.idle else float(trainer.weight(micro.data))
         trainer.emit("on_evaluate_batch_start", batch)
         with _untouched(trainer, objects) if micro.idle else contextlib.nullcontext():

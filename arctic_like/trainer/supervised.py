@@ -14,6 +14,7 @@ from arctic_like.errors import RunError
 from arctic_like.loss import Loss
 from arctic_like.registry import build
 from arctic_like.registry.choice import Choice
+from arctic_like.run_info import supply
 from arctic_like.trainer.base import Trainer
 from arctic_like.trainer.config import TrainerConfig
 
@@ -63,7 +64,10 @@ class SupervisedTrainer(Trainer):
 
     @cached_property
     def _criteria(self) -> list[Any]:
-        return [build(config, "criterion") for config in self.config.criterion]
+        criteria = [build(config, "criterion") for config in self.config.criterion]
+        for criterion in criteria:
+            supply(criterion.setup, self.equipment.info)
+        return criteria
 
     def get_val_metrics(self) -> dict[str, Any]:
         """The recipe's `metrics`, with what the data publishes."""
@@ -92,6 +96,10 @@ class SupervisedTrainer(Trainer):
     def outputs(self, inputs: Any) -> Any:
         """The model's outputs."""
         return self.model(inputs)
+
+    def model_arguments(self, batch: Any) -> tuple[Any, ...]:
+        """The inputs."""
+        return (self.parts(batch)[0],)
 
     def loss(self, batch: Any) -> Tensor | Loss:
         """The weighted sum of the criteria; each is logged where there are several."""
