@@ -6,18 +6,29 @@ generators are left alone: torch's DataLoader draws its base seed from a generat
 
 from __future__ import annotations
 
+import contextlib
+import queue
+import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from arctic_like.data.order import GlobalBatch, Plan, split
-from arctic_like.errors import RunError
+import numpy as np
+
+from arctic_like.data.balance import Division
+from arctic_like.data.order import GlobalBatch, Plan
+from arctic_like.errors import ArcticError, RunError
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from torch import Tensor
 
     from arctic_like.data.base import Sample, SampleSet
+
+T = TypeVar("T")
+_PATIENCE = 5.0
+"""Seconds that the end of a loader waits for its thread, which may be waiting for data."""
 
 Collate = Callable[[list["Sample"]], "dict[str, Tensor]"]
 
@@ -43,39 +54,47 @@ class StepBatch:
     micro_batches: list[MicroBatch]
 
 
+@dataclass(frozen=True)
+class _Unread:
+    """In the place of a batch that could not be made: why. An error that is raised in a worker would
+    arrive with that worker's traceback as its text."""
+
+    message: str
+
+
 class _Fetch:
-    """What runs in a worker: a list of sample indices → the collated batch."""
+    """What runs in a worker: a list of samples → the collated batch."""
 
     def __init__(self, samples: SampleSet, collate: Collate) -> None:
         self.samples = samples
         self.collate = collate
 
-    def __getitem__(self, indices: list[int]) -> dict[str, Tensor]:
+    def __getitem__(self, keys: list[Any]) -> Any:
         rows = []
-        for index in indices:
+        for key in keys:
             try:
-                rows.append(self.samples[index])
+                rows.append(self.samples[key])
             except Exception as error:
-                raise RunError(
-                    f"sample {index} ({self.samples.sample_id(index)}) cannot be read: "
-                    f"{type(error).__name__}: {error}"
-                ) from error
+                name = self.samples.sample_id(key)
+                return _Unread(
+                    f"sample {key} ({name}) cannot be read: {type(error).__name__}: {error}"
+                )
         return self.collate(rows)
 
 
-def _same(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+def _same(batch: Any) -> Any:
     return batch
 
 
 def _fetched(
-    fetch: _Fetch, lists: Iterable[list[int]], *, num_workers: int, pin_memory: bool
-) -> Iterator[dict[str, Tensor]]:
-    """The batch of each list of indices, in order. Workers run ahead by two lists each."""
+    fetch: _Fetch, lists: Iterable[list[Any]], *, num_workers: int, pin_memory: bool
+) -> Iterator[Any]:
+    """The batch of each list of samples, in order. Workers run ahead by two lists each."""
     if not num_workers:
         # torch's DataLoader would add a quarter to the time of a batch that is only copied.
-        for indices in lists:
-            batch = fetch[indices]
-            yield {k: v.pin_memory() for k, v in batch.items()} if pin_memory else batch
+        for keys in lists:
+            batch = _read(fetch[keys])
+            yield _pinned(batch) if pin_memory else batch
         return
     import torch
     from torch.utils.data import DataLoader
@@ -89,7 +108,76 @@ def _fetched(
         pin_memory=pin_memory,
         generator=torch.Generator(),
     )
-    yield from loader
+    batches = iter(loader)
+    while True:
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error) or isinstance(error, ArcticError):
+                raise
+            raise RunError(
+                f"a worker that puts batches together is gone: {error}\n"
+                "    the system ends processes that take too much memory; lower "
+                "data.dl_num_workers, or set it to 0"
+            ) from error
+        yield _read(batch)
+
+
+def _read(batch: Any) -> Any:
+    if isinstance(batch, _Unread):
+        raise RunError(batch.message)
+    return batch
+
+
+def _pinned(batch: Any) -> Any:
+    """Nested tensors in page-locked memory, from which a device copies while it computes."""
+    from torch.utils.data._utils.pin_memory import pin_memory
+
+    return pin_memory(batch)  # type: ignore[no-untyped-call]
+
+
+def _ahead(batches: Generator[T], *, depth: int, prepare: Callable[[], None]) -> Iterator[T]:
+    """The same, made by a thread that runs ahead by `depth`: the device need not wait for the host.
+
+    prepare: called in the thread first. The thread ends when the iterator is closed or collected.
+    """
+    ready: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(depth)
+    over = threading.Event()
+
+    def give(item: tuple[T | None, BaseException | None]) -> None:
+        while not over.is_set():
+            with contextlib.suppress(queue.Full):
+                ready.put(item, timeout=0.1)
+                return
+
+    def work() -> None:
+        try:
+            prepare()
+            for batch in batches:
+                give((batch, None))
+                if over.is_set():
+                    return
+            give((None, StopIteration()))
+        except BaseException as error:
+            give((None, error))
+        finally:
+            batches.close()
+
+    thread = threading.Thread(target=work, name="batches", daemon=True)
+    thread.start()
+    try:
+        while True:
+            batch, error = ready.get()
+            if isinstance(error, StopIteration):
+                return
+            if error is not None:
+                raise error
+            yield cast("T", batch)
+    finally:
+        over.set()
+        thread.join(_PATIENCE)
 
 
 @dataclass(frozen=True)
@@ -97,12 +185,13 @@ class Loader:
     """The training batches of one rank.
 
     samples, collate: as a DataFactory prepared them. plan: which samples belong to which step.
+    division: how a global batch is cut into micro-batches and ranks, which changes nothing else.
     """
 
     samples: SampleSet
     collate: Collate
     plan: Plan
-    micro_batch_size: int
+    division: Division
     rank: int = 0
     size: int = 1
     num_workers: int = 0
@@ -113,38 +202,80 @@ class Loader:
 
         The workers end when the iterator is closed or collected.
         """
-        planned: deque[tuple[GlobalBatch, list[list[int]]]] = deque()
+        steps = self._steps(position)
+        return _pinned_ahead(steps) if self.pin_memory else steps
 
-        def lists() -> Iterator[list[int]]:
+    def _steps(self, position: int) -> Generator[StepBatch]:
+        planned: deque[tuple[GlobalBatch, list[list[int]], int]] = deque()
+
+        def lists() -> Iterator[list[Any]]:
             here = position
             while True:
                 batch = self.plan.at(here)
-                micro = split(
-                    batch.samples,
-                    micro_batch_size=self.micro_batch_size,
-                    rank=self.rank,
-                    size=self.size,
-                )
-                planned.append((batch, micro))
-                stand_in = [int(batch.samples[0])]
-                yield from (rows or stand_in for rows in micro)
+                share, stand_in = divided(
+                    batch.samples, self.samples, self.collate, self.division,
+                    rank=self.rank, size=self.size,
+                )  # fmt: skip
+                planned.append((batch, share, stand_in))
+                for rows in share:
+                    yield _located(self.samples, rows or [stand_in])
                 here = batch.next_position
 
         fetch = _Fetch(self.samples, self.collate)
         batches = _fetched(fetch, lists(), num_workers=self.num_workers, pin_memory=self.pin_memory)
         while True:
             first = next(batches)
-            batch, micro = planned.popleft()
-            data = [first, *(next(batches) for _ in micro[1:])]
-            yield StepBatch(batch, _micro_batches(data, micro, stand_in=int(batch.samples[0])))
+            batch, share, stand_in = planned.popleft()
+            data = [first, *(next(batches) for _ in share[1:])]
+            yield StepBatch(batch, _micro_batches(data, share, stand_in))
+
+
+def _pinned_ahead(batches: Generator[T]) -> Iterator[T]:
+    import torch
+
+    # a new thread would pin through the first device, whichever this rank's is
+    device = torch.cuda.current_device()
+    return _ahead(batches, depth=2, prepare=lambda: torch.cuda.set_device(device))
+
+
+def divided(
+    batch: Sequence[int] | NDArray[np.int64], samples: SampleSet, collate: Collate,
+    division: Division, *, rank: int, size: int,
+) -> tuple[list[list[int]], int]:  # fmt: skip
+    """(this rank's micro-batches of some samples, the sample that stands in for none).
+
+    Lengths are those after padding, where the set knows them and the collate has `padded`. The
+    shortest sample stands in, so that no rank waits for one that has nothing to do.
+    """
+    lengths = _lengths(samples, batch) if division.by_length else None
+    if lengths is None:
+        return division.shares(batch, None, ranks=size)[rank], int(batch[0])
+    padded = getattr(collate, "padded", None)
+    known = lengths if padded is None else padded(lengths)
+    stand_in = int(batch[int(np.argmin(lengths))])
+    return division.shares(batch, known, ranks=size)[rank], stand_in
+
+
+def _lengths(samples: SampleSet, batch: Any) -> NDArray[np.int64] | None:
+    if hasattr(samples, "lengths_of"):
+        found: NDArray[np.int64] = samples.lengths_of(batch)
+        return found
+    lengths = getattr(samples, "lengths", None)
+    return None if lengths is None else np.asarray(lengths[np.asarray(batch)])
+
+
+def _located(samples: SampleSet, rows: list[int]) -> list[Any]:
+    """What a worker needs to find the samples: their numbers, unless the set says otherwise."""
+    located: list[Any] = samples.located(rows) if hasattr(samples, "located") else rows
+    return located
 
 
 def _micro_batches(
-    data: Sequence[dict[str, Tensor]], micro: list[list[int]], *, stand_in: int
+    data: Sequence[dict[str, Tensor]], share: list[list[int]], stand_in: int
 ) -> list[MicroBatch]:
     return [
         MicroBatch(tensors, rows or [stand_in], idle=not rows)
-        for tensors, rows in zip(data, micro, strict=True)
+        for tensors, rows in zip(data, share, strict=True)
     ]
 
 
@@ -152,22 +283,27 @@ def evaluation_batches(
     samples: SampleSet,
     collate: Collate,
     *,
-    micro_batch_size: int,
+    division: Division,
     rank: int = 0,
     size: int = 1,
     num_workers: int = 0,
     pin_memory: bool = False,
 ) -> Iterator[MicroBatch]:
-    """The whole set in its order, each sample once over all ranks.
+    """The whole set, each sample once over all ranks; in its order, unless balanced.
 
     Every rank gets the same number of micro-batches, so that all take part in each forward (ZeRO-3
     gathers weights there); those that are `idle` count nothing.
     """
     if not len(samples):
-        return
-    micro = split(range(len(samples)), micro_batch_size=micro_batch_size, rank=rank, size=size)
-    lists = [rows or [0] for rows in micro]
-    fetch = _Fetch(samples, collate)
-    batches = _fetched(fetch, lists, num_workers=num_workers, pin_memory=pin_memory)
-    for data, rows in zip(batches, micro, strict=True):
-        yield MicroBatch(data, rows or [0], idle=not rows)
+        return iter(())
+    everything = np.arange(len(samples))
+    share, stand_in = divided(everything, samples, collate, division, rank=rank, size=size)
+
+    def made() -> Generator[MicroBatch]:
+        lists = [_located(samples, rows or [stand_in]) for rows in share]
+        fetch = _Fetch(samples, collate)
+        batches = _fetched(fetch, lists, num_workers=num_workers, pin_memory=pin_memory)
+        for data, rows in zip(batches, share, strict=True):
+            yield MicroBatch(data, rows or [stand_in], idle=not rows)
+
+    return _pinned_ahead(made()) if pin_memory else made()

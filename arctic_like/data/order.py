@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import TYPE_CHECKING, Protocol
+from functools import cached_property, lru_cache
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -90,6 +90,15 @@ def _ordered_block(size: int, key: int, block: int) -> NDArray[np.int64]:
     """Some thousand places of a permutation at once: numpy's calls cost more than their numbers."""
     places = np.arange(block * _BLOCK, min((block + 1) * _BLOCK, size), dtype=np.int64)
     return permute(places, size=size, key=key)
+
+
+def _ordered(start: int, stop: int, *, size: int, key: int) -> NDArray[np.int64]:
+    """Places `start` to `stop` of a permutation."""
+    blocks = range(start // _BLOCK, (stop - 1) // _BLOCK + 1)
+    order = np.concatenate([_ordered_block(size, key, block) for block in blocks])
+    first = blocks[0] * _BLOCK
+    found: NDArray[np.int64] = order[start - first : stop - first]
+    return found
 
 
 @dataclass(frozen=True)
@@ -177,11 +186,137 @@ class BatchPlan:
         stop = min(start + self.global_batch_size, self.samples_per_epoch)
         if not self.shuffle:
             return GlobalBatch(position, epoch, np.arange(start, stop, dtype=np.int64))
-        key = key_of(self.seed, epoch)
-        blocks = range(start // _BLOCK, (stop - 1) // _BLOCK + 1)
-        order = np.concatenate([_ordered_block(self.size, key, block) for block in blocks])
-        first = blocks[0] * _BLOCK
-        return GlobalBatch(position, epoch, order[start - first : stop - first])
+        order = _ordered(start, stop, size=self.size, key=key_of(self.seed, epoch))
+        return GlobalBatch(position, epoch, order)
+
+
+@dataclass(frozen=True)
+class MixedPlan:
+    """Global batch by position over several sources that lie one after another in one set.
+
+    sizes: samples of each source. draws: how many of each an epoch takes, in an order shuffled over
+    all of them. Draw j from a source in epoch e is number e · draws + j of an endless walk over it,
+    whose every pass is a permutation of its own: no sample comes again before all others of its
+    source came, whatever the number of draws.
+    """
+
+    sizes: tuple[int, ...]
+    draws: tuple[int, ...]
+    global_batch_size: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        if len(self.sizes) != len(self.draws) or min(self.sizes, default=0) < 1:
+            raise ValueError("a mix needs sources with at least one sample, and draws of each")
+        if min(self.draws) < 0 or not sum(self.draws) or self.global_batch_size < 1:
+            raise ValueError("a mix draws at least one sample, and a batch holds at least one")
+
+    @property
+    def size(self) -> int:
+        """Samples in all sources."""
+        return sum(self.sizes)
+
+    @property
+    def samples_per_epoch(self) -> int:
+        """Draws of one epoch."""
+        return sum(self.draws)
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Optimizer steps of one epoch that starts at its first sample."""
+        return -(-self.samples_per_epoch // self.global_batch_size)
+
+    def at(self, position: int) -> GlobalBatch:
+        """The global batch that begins at `position`; it never reaches into the next epoch."""
+        if position < 0:
+            raise IndexError("a position is not negative")
+        total = self.samples_per_epoch
+        epoch, start = divmod(position, total)
+        stop = min(start + self.global_batch_size, total)
+        slots = _ordered(start, stop, size=total, key=key_of(self.seed, epoch))
+        borders = np.cumsum((0, *self.draws))
+        source = np.searchsorted(borders, slots, side="right") - 1
+        walked = epoch * np.asarray(self.draws)[source] + slots - borders[source]
+        passes, places = np.divmod(walked, np.asarray(self.sizes)[source])
+        samples = np.cumsum((0, *self.sizes))[source]
+        # few keys, mostly: a batch meets one pass of each source, or two
+        for one, turn in np.unique(np.stack([source, passes]), axis=1).T.tolist():
+            here = (source == one) & (passes == turn)
+            key = key_of(self.seed, 1 + one, turn)
+            samples[here] += permute(places[here], size=self.sizes[one], key=key)
+        return GlobalBatch(position, epoch, samples)
+
+
+@dataclass(frozen=True)
+class GroupedPlan:
+    """Another plan's samples, those of like length in one global batch (`group_by_length`).
+
+    Some global batches of the plan, a window, are taken together, sorted by length, cut anew and
+    put into a shuffled order; their last one stays short where it was. Depends on the plan, the
+    lengths and the seed alone. A window costs the same everywhere, so any position does.
+
+    lengths: tokens of each sample of the set, int64. window: global batches.
+    """
+
+    plan: Plan
+    lengths: NDArray[np.int64]
+    seed: int
+    window: int = 64
+
+    @property
+    def size(self) -> int:
+        """Samples in the set."""
+        return self.plan.size
+
+    @property
+    def global_batch_size(self) -> int:
+        """Samples of a full global batch. It may not change within an epoch: see `at`."""
+        return self.plan.global_batch_size
+
+    @property
+    def samples_per_epoch(self) -> int:
+        """Samples of one epoch."""
+        return self.plan.samples_per_epoch
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Optimizer steps of one epoch."""
+        return self.plan.batches_per_epoch
+
+    def at(self, position: int) -> GlobalBatch:
+        """The global batch that begins at `position`. Raises IndexError where none begins there."""
+        epoch, inside = divmod(position, self.samples_per_epoch)
+        number, rest = divmod(inside, self.global_batch_size)
+        if position < 0 or rest:
+            raise IndexError(f"no global batch of {self.global_batch_size} begins at {position}")
+        window, place = divmod(number, self.window)
+        return GlobalBatch(position, epoch, self._window(epoch, window)[place])
+
+    def _window(self, epoch: int, window: int) -> list[NDArray[np.int64]]:
+        if self._last[0] != (epoch, window):
+            self._last[:] = [(epoch, window), self._regrouped(epoch, window)]
+        found: list[NDArray[np.int64]] = self._last[1]
+        return found
+
+    @cached_property
+    def _last(self) -> list[Any]:
+        return [None, []]
+
+    def _regrouped(self, epoch: int, window: int) -> list[NDArray[np.int64]]:
+        batch = self.global_batch_size
+        first = window * self.window
+        numbers = range(first, min(first + self.window, self.batches_per_epoch))
+        begin = epoch * self.samples_per_epoch
+        together = np.concatenate([self.plan.at(begin + n * batch).samples for n in numbers])
+        ordered = together[np.argsort(self.lengths[together], kind="stable")]
+        full, rest = divmod(len(together), batch)
+        key = key_of(self.seed, epoch, window, 0)
+        # the short batch, if there is one, is taken from any length
+        cut = permute([0], size=full + 1, key=key_of(key, 1))[0] * batch if rest else len(ordered)
+        short, whole = ordered[cut : cut + rest], np.delete(ordered, np.s_[cut : cut + rest])
+        order = permute(range(full), size=full, key=key) if full else []
+        batches = [whole[n * batch : (n + 1) * batch] for n in order]
+        return [*batches, short] if rest else batches
 
 
 def split(

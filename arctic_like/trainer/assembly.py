@@ -99,7 +99,7 @@ class Equipment:
 
         for name, samples in sets.items():
             yield name, evaluation_batches(
-                samples, self.data.collate, micro_batch_size=self.info.micro_batch_size,
+                samples, self.data.collate, division=self.loader.division,
                 rank=self.info.world.rank, size=self.info.world.size,
                 pin_memory=self.loader.pin_memory,
             )  # fmt: skip
@@ -211,6 +211,7 @@ def _batch_sizes(config: Any, world: World, resumed: dict[str, Any] | None) -> d
 
 
 def _loader(config: Any, info: RunInfo, data: PreparedData) -> tuple[Plan, Loader]:
+    from arctic_like.data.balance import division_of
     from arctic_like.data.loader import Loader
     from arctic_like.data.order import BatchPlan
 
@@ -222,7 +223,7 @@ def _loader(config: Any, info: RunInfo, data: PreparedData) -> tuple[Plan, Loade
         seed=info.seed if seed is None else seed, drop_last=bool(getattr(config.data, "drop_last", False)),
     )  # fmt: skip
     loader = Loader(
-        data.train, data.collate, plan, micro_batch_size=info.micro_batch_size,
+        data.train, data.collate, plan, division_of(config.data, info.micro_batch_size),
         rank=info.world.rank, size=info.world.size,
         num_workers=int(getattr(config.data, "dl_num_workers", 0)),
         pin_memory=info.device.startswith("cuda"),

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from arctic_like.data.balance import Division
 from arctic_like.data.base import SampleSet
 from arctic_like.data.collate import PaddingCollate
 from arctic_like.data.loader import Loader, evaluation_batches
@@ -39,9 +40,9 @@ class Numbers(SampleSet):
 COLLATE = PaddingCollate(pad_token_id=99)
 
 
-def loader(size=7, batch=4, micro=2, rank=0, ranks=1, workers=0, **more):
+def loader(size=7, batch=4, micro=2, rank=0, ranks=1, workers=0, division=None, **more):
     return Loader(
-        Numbers(size, **more), COLLATE, BatchPlan(size, batch, 5), micro_batch_size=micro,
+        Numbers(size, **more), COLLATE, BatchPlan(size, batch, 5), division or Division(micro),
         rank=rank, size=ranks, num_workers=workers,
     )  # fmt: skip
 
@@ -103,7 +104,7 @@ def test_goes_on_from_any_position():
 def test_global_generators_are_left_alone(workers):
     before = (torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy())
     taken(loader(workers=workers), 0, 3)
-    list(evaluation_batches(Numbers(5), COLLATE, micro_batch_size=2, num_workers=workers))
+    list(evaluation_batches(Numbers(5), COLLATE, division=Division(2), num_workers=workers))
     assert torch.equal(torch.get_rng_state(), before[0])
     assert random.getstate() == before[1]
     assert np.array_equal(np.random.get_state()[1], before[2])
@@ -113,7 +114,7 @@ def test_global_generators_are_left_alone(workers):
 @pytest.mark.parametrize("size", [1, 5, 8])
 def test_evaluation_reads_each_sample_once(size, ranks):
     each = [
-        list(evaluation_batches(Numbers(size), COLLATE, micro_batch_size=2, rank=r, size=ranks))
+        list(evaluation_batches(Numbers(size), COLLATE, division=Division(2), rank=r, size=ranks))
         for r in range(ranks)
     ]
     assert len({len(micro) for micro in each}) == 1
@@ -122,7 +123,7 @@ def test_evaluation_reads_each_sample_once(size, ranks):
 
 
 def test_evaluation_of_nothing():
-    assert not list(evaluation_batches(Numbers(0), COLLATE, micro_batch_size=2))
+    assert not list(evaluation_batches(Numbers(0), COLLATE, division=Division(2)))
 
 
 @pytest.mark.parametrize("workers", [0, 1])

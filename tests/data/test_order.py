@@ -9,7 +9,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from arctic_like.data.order import BatchPlan, key_of, permute, split
+from arctic_like.data.order import (
+    BatchPlan,
+    GroupedPlan,
+    MixedPlan,
+    key_of,
+    permute,
+    split,
+)
 from arctic_like.errors import RecipeError
 
 seeds = st.integers(0, 2**63)
@@ -185,3 +192,133 @@ def plain_permute(position: int, size: int, key: int) -> int:
 def test_against_plain_integers(size, key, data):
     place = data.draw(st.integers(0, size - 1))
     assert permute([place], size=size, key=key).tolist() == [plain_permute(place, size, key)]
+
+
+sources = st.lists(
+    st.tuples(st.integers(1, 40), st.integers(0, 90)), min_size=1, max_size=5
+).filter(lambda drawn: any(draws for _, draws in drawn))
+
+
+@settings(deadline=None)
+@given(sources=sources, batch=st.integers(1, 50), seed=seeds, epochs=st.integers(1, 4))
+def test_a_mix_draws_its_shares(sources, batch, seed, epochs):
+    sizes, draws = zip(*sources, strict=True)
+    plan = MixedPlan(sizes, draws, batch, seed)
+    borders = np.cumsum((0, *sizes))
+    walks = [[] for _ in sizes]
+    position = 0
+    for epoch in range(epochs):
+        drawn = []
+        for number in range(plan.batches_per_epoch):
+            step = plan.at(position)
+            assert (step.position, step.epoch) == (position, epoch)
+            last = number == plan.batches_per_epoch - 1
+            assert len(step.samples) == (sum(draws) - number * batch if last else batch)
+            drawn += step.samples.tolist()
+            position = step.next_position
+        for source, walk in enumerate(walks):
+            mine = [s for s in drawn if borders[source] <= s < borders[source + 1]]
+            assert len(mine) == draws[source]
+            walk += mine
+    assert position == epochs * plan.samples_per_epoch
+    for walk, size, count in zip(walks, sizes, draws, strict=True):
+        # within an epoch the walk's order is shuffled with the other sources' draws, so what can be
+        # counted is how often each sample came: over whole passes equally often, else at most one more
+        times = np.bincount(np.array(walk, dtype=int) - min(walk, default=0), minlength=1)
+        passes, rest = divmod(epochs * count, size)
+        if rest == 0 and passes:
+            assert len(set(walk)) == size
+            assert set(times.tolist()) == {passes}
+        assert max(times, default=0) <= passes + 1
+
+
+@given(sources=sources, seed=seeds)
+def test_a_mix_goes_on_with_another_batch_size(sources, seed):
+    sizes, draws = zip(*sources, strict=True)
+    one, other = MixedPlan(sizes, draws, 1, seed), MixedPlan(sizes, draws, 7, seed)
+    total = 3 * sum(draws)
+    alone = [int(one.at(position).samples[0]) for position in range(total)]
+    position, together = 0, []
+    while position < total:
+        together += other.at(position).samples.tolist()
+        position = other.at(position).next_position
+    assert together == alone
+
+
+def test_a_walk_over_a_source_is_pass_after_pass():
+    """Draw j of epoch e is number e · draws + j of permutations laid end to end."""
+    plan = MixedPlan((7, 10), (3, 4), 7, 11)
+    for source, size, draws in ((0, 7, 3), (1, 10, 4)):
+        first = 0 if source == 0 else 7
+        endless = [
+            first + place
+            for turn in range(4)
+            for place in permute(range(size), size=size, key=key_of(11, 1 + source, turn)).tolist()
+        ]
+        for epoch in range(6):
+            drawn = [s for s in plan.at(7 * epoch).samples.tolist() if first <= s < first + size]
+            assert sorted(drawn) == sorted(endless[epoch * draws : (epoch + 1) * draws])
+
+
+def test_a_mix_far_away_costs_nothing():
+    plan = MixedPlan((10**9, 5), (10**8, 10**7), 512, 3)
+    step = plan.at(11 * 10**15)
+    assert len(step.samples) == 512
+    assert step.epoch == 10**8
+    few = (step.samples >= 10**9).sum()
+    assert 20 < few < 80, "a share of 1/11 of 512 is 47"
+
+
+@settings(deadline=None)
+@given(
+    size=st.integers(1, 300), batch=st.integers(1, 20), window=st.integers(1, 6), seed=seeds,
+    drop_last=st.booleans(), epochs=st.integers(1, 2),
+)  # fmt: skip
+def test_grouped_batches(size, batch, window, seed, drop_last, epochs):
+    if drop_last and batch > size:
+        return
+    lengths = np.random.default_rng(size).integers(1, 1000, size)
+    plain = BatchPlan(size, batch, seed, drop_last=drop_last)
+    plan = GroupedPlan(plain, lengths, seed, window)
+    for epoch in range(epochs):
+        position = epoch * plan.samples_per_epoch
+        batches, before = [], []
+        for number in range(plan.batches_per_epoch):
+            found = plan.at(position)
+            assert (found.position, found.epoch) == (position, epoch)
+            batches.append(found.samples.tolist())
+            before.append(plain.at(position).samples.tolist())
+            position = found.next_position
+            if number % window == window - 1 or number == plan.batches_per_epoch - 1:
+                assert sorted(itertools.chain(*batches)) == sorted(itertools.chain(*before))
+        assert [len(b) for b in batches] == [len(b) for b in before]
+        # a window's full batches do not overlap in length
+        for start in range(0, len(batches), window):
+            here = [b for b in batches[start : start + window] if len(b) == batch]
+            spans = sorted((int(lengths[b].min()), int(lengths[b].max())) for b in here)
+            assert all(one[1] <= two[0] for one, two in itertools.pairwise(spans))
+
+
+def test_grouped_batches_pad_less():
+    lengths = np.random.default_rng(0).lognormal(5, 1, 5000).astype(np.int64) + 1
+    plain = BatchPlan(5000, 16, 3)
+    plan = GroupedPlan(plain, lengths, 3)
+
+    def padded(one):
+        batches = [one.at(n * 16).samples for n in range(one.batches_per_epoch)]
+        return sum(len(b) * int(lengths[b].max()) for b in batches)
+
+    assert padded(plan) < 1.15 * lengths.sum()
+    assert padded(plain) > 2 * lengths.sum()
+    # and long batches do not all come first or last
+    means = [float(lengths[plan.at(n * 16).samples].mean()) for n in range(64)]
+    assert means != sorted(means)
+    assert means != sorted(means, reverse=True)
+
+
+def test_grouped_batches_begin_at_their_borders():
+    plan = GroupedPlan(BatchPlan(10, 4, 0), np.arange(10), 0)
+    assert len(plan.at(8).samples) == 2
+    assert len(plan.at(10).samples) == 4
+    with pytest.raises(IndexError):
+        plan.at(3)
