@@ -73,8 +73,8 @@ class TokenDataFactory(DataFactory):
         """Rows of a source → tokens and masks."""
         raise NotImplementedError
 
-    def shape(self) -> dict[str, Any]:
-        """The settings that shape tokens and masks, besides tokenizer and source."""
+    def shape(self, source: SourceConfig) -> dict[str, Any]:
+        """The settings that shape a source's tokens and masks, besides tokenizer and rows."""
         raise NotImplementedError
 
     def build(
@@ -186,7 +186,11 @@ class TokenDataFactory(DataFactory):
         return self.encoder(tokenizer, source) if source.process else TokenEncoder(len(tokenizer))
 
     def _shape(self, source: SourceConfig) -> dict[str, Any]:
-        return {"factory": self.name, **self.shape()} if source.process else {"factory": "tokens"}
+        return (
+            {"factory": self.name, **self.shape(source)}
+            if source.process
+            else {"factory": "tokens"}
+        )
 
     def _max_length(self, max_positions: int | None) -> int:
         stated = self.config.max_length
@@ -233,20 +237,14 @@ class SFTDataFactory(TokenDataFactory):
     default_long = "drop"
 
     def encoder(self, tokenizer: PreTrainedTokenizerBase, source: SourceConfig) -> Encoder:
-        from arctic_like.data.encoders import ConversationEncoder
+        from arctic_like.data.encoders import ConversationEncoder, MaskRules
 
-        return ConversationEncoder(
-            tokenizer,
-            source,
-            mask_inputs=self.config.mask_inputs,
-            ignore_empty_think=self.config.ignore_empty_think,
-        )
+        return ConversationEncoder(tokenizer, source, MaskRules.of(self.config, source))
 
-    def shape(self) -> dict[str, Any]:
-        return {
-            "mask_inputs": self.config.mask_inputs,
-            "ignore_empty_think": self.config.ignore_empty_think,
-        }
+    def shape(self, source: SourceConfig) -> dict[str, Any]:
+        from arctic_like.data.encoders import MaskRules
+
+        return MaskRules.of(self.config, source).key()
 
 
 class CausalDataFactory(TokenDataFactory):
@@ -262,7 +260,7 @@ class CausalDataFactory(TokenDataFactory):
 
         return DocumentEncoder(tokenizer, source)
 
-    def shape(self) -> dict[str, Any]:
+    def shape(self, source: SourceConfig) -> dict[str, Any]:
         return {}
 
 

@@ -111,6 +111,8 @@ def _write_documents(
     counts: Counter[str] = Counter()
     started = told = time.monotonic()
     for batch in encoded(chosen_rows(source), encoder, num_proc=num_proc):
+        if batch.bad:
+            raise batch.bad[0].error()
         writer.add(batch.places, batch.lengths, batch.tokens, batch.trained)
         counts.update(batch.counts)
         if time.monotonic() - told > _REPORT_SECONDS:

@@ -1,46 +1,36 @@
-"""Where in a rendered conversation stands what the assistant wrote: exact, or refused.
+"""A conversation as text, and which characters of it are trained: exact, or refused.
 
 A turn's span runs from the end of its header, where generation begins, to the end of its
-end-of-turn token. Where the template has `{% generation %}` marks, they say it. Otherwise it is
-found by rendering with sentinels: characters of Unicode's private planes in place of the contents.
-
-- A *skeleton* is the rendering of a sequence of roles with a sentinel for every content, so all
-  other text in it is the template's own. If filling in the contents (as they are, or trimmed) gives
-  the real rendering to the letter, every position follows by addition. One skeleton serves all
-  conversations with the same roles.
-- Where the template treats contents differently (a `</think>` in them, an empty one), the end of a
-  content is found from what follows its sentinel in the otherwise real conversation, which must be
-  how the real rendering ends.
-
-In both the header is what stands between the previous content and the place of generation when the
-conversation so far is rendered with `add_generation_prompt`. No text of a conversation is searched
-for.
+end-of-turn token. Where the template has `{% generation %}` marks, they say what of it is trained.
+Turns are found in the rendered text, by one of two ways that are each proved by the text itself:
+a skeleton that the contents fill in to the letter (`skeletons`), which costs an addition, or
+sentinels between the characters of the conversation (`insertions`), which cost some renderings
+more. `turns` says what they have in common. A conversation for which neither holds is refused.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from arctic_like.data import insertions
+from arctic_like.data.base import TrainOn
+from arctic_like.data.rendering import Renderer, Span
 from arctic_like.data.shapes import Message, RowError
-from arctic_like.errors import Problem, RecipeError
+from arctic_like.data.skeletons import Skeletons
+from arctic_like.data.turns import Turn, TurnFinder, Unclear
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-Span = tuple[int, int]
-_SENTINELS = range(0xF0000, 0xFFFFE)  # supplementary private use area A
-_KEPT_SKELETONS = 4096
-_GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 
 @dataclass(frozen=True)
 class Rendered:
     """A conversation as text, and the spans in it that are trained: characters, ordered, disjoint.
 
-    endless: turns after which the template writes no token that could end them.
+    endless: answers behind which the template writes no token that could end them.
     """
 
     text: str
@@ -48,292 +38,194 @@ class Rendered:
     endless: int = 0
 
 
-@dataclass(frozen=True)
-class _Turn:
-    """An assistant's turn in a skeleton: characters of header before, and of end after its
-    content."""
-
-    message: int
-    header: int
-    end: int
-
-
-@dataclass(frozen=True)
-class _Skeleton:
-    """segments: the template's text before each content, and after the last one."""
-
-    segments: list[str]
-    turns: list[_Turn]
-
-
-class _Unclear(Exception):
-    """The template does not show where a turn begins or ends; says why."""
-
-
 class ChatTemplate:
-    """The chat template of a tokenizer."""
+    """The chat template of a tokenizer. Picklable.
+
+    Raises RecipeError where the tokenizer has none.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        try:
-            self.source: str = tokenizer.get_chat_template()
-        except ValueError:
-            raise RecipeError(
-                Problem(
-                    "the tokenizer has no chat template, which conversations need",
-                    place="tokenizer.chat_template",
-                    hint="set tokenizer.chat_template, or name the tokenizer of an instruct model",
-                )
-            ) from None
-        self.marked = _GENERATION.search(self.source) is not None
-        self._variables = dict(tokenizer.special_tokens_map)
+        self.render = Renderer(tokenizer)
         names = {str(token) for token in tokenizer.added_tokens_decoder.values()}
         names |= {tokenizer.eos_token} if tokenizer.eos_token else set()
-        ordered = sorted(names, key=len, reverse=True)
-        self._token = re.compile("|".join(map(re.escape, ordered)) or r"(?!)")
-        self._skeletons: dict[tuple[str, ...], _Skeleton | None] = {}
+        ordered = sorted(names - {""}, key=len, reverse=True)
+        self._tokens = re.compile("|".join(map(re.escape, ordered)) or r"(?!)")
+        self._find = TurnFinder(self.render, self._tokens)
+        self._skeletons = Skeletons(self.render, self._find)
 
-    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
-        """The conversation as text. Raises RowError where the template refuses it."""
-        return self._render(messages, add_generation_prompt=add_generation_prompt)[0]
-
-    def _render(
+    def trained(
         self,
         messages: Sequence[Message],
         *,
-        add_generation_prompt: bool = False,
-        marks: bool = False,
-    ) -> tuple[str, list[Span]]:
-        from jinja2 import TemplateError
-        from transformers.utils.chat_template_utils import render_jinja_template
+        tools: list[Any] | None = None,
+        train_on: TrainOn = "assistant",
+        end_of_turn: bool = True,
+    ) -> Rendered:
+        """The text and what is trained of it.
 
-        try:
-            texts, spans = render_jinja_template(
-                [list(messages)],
-                chat_template=self.source,
-                return_assistant_tokens_mask=marks,
-                add_generation_prompt=add_generation_prompt,
-                **self._variables,
-            )
-        except (TemplateError, TypeError, KeyError, IndexError) as error:
-            raise RowError(f"is refused by the chat template: {error}") from error
-        return texts[0], [tuple(span) for span in spans[0]] if marks else []
-
-    def trained(self, messages: Sequence[Message]) -> Rendered:
-        """The text and what is trained of it: every assistant's turn without `train: false`.
+        train_on: every answer, the last one, or all of the text; a message's `train` goes before
+        it: true (its turn), false (nothing of it), or stretches `[start, stop]` in characters of
+        its content, which take the end-of-turn token along where they reach the content's end.
+        end_of_turn: off leaves the tokens that end answers untrained.
 
         Raises RowError where the template refuses the conversation, or where the spans cannot be
         exact.
         """
-        wanted = [
-            number
-            for number, message in enumerate(messages)
-            if message["role"] == "assistant" and message.get("train", True)
-        ]
-        plain = [{k: v for k, v in message.items() if k != "train"} for message in messages]
-        if self.marked:
-            return self._by_marks(plain, wanted)
-        text = self.render(plain)
-        if not wanted:
-            return Rendered(text, [])
-        found = self._by_skeleton(text, plain)
+        plain = [{k: v for k, v in m.items() if k != "train"} for m in messages]
+        wishes = [message.get("train") for message in messages]
+        answers = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
+        stated = any(wish is not None for wish in wishes)
+        if train_on == "all" and end_of_turn and not stated:
+            text = self.render(plain, tools=tools)
+            return Rendered(text, [(0, len(text))] if text else [])
+        if self.render.marked and train_on == "assistant" and end_of_turn and not stated:
+            text, spans = self._marks(plain, tools)
+            return Rendered(text, spans, self._endless(text, spans))
+        conversation = _Conversation(self, plain, tools)
+        chosen = _wanted(wishes, answers, train_on)
         try:
-            if found is None:
-                found = self._by_contents(text, plain, wanted)
-        except (_Unclear, RowError) as reason:
-            shown = text if len(text) <= 400 else f"{text[:300]} … {text[-100:]}"
-            raise RowError(
-                f"cannot be masked exactly with this chat template: {reason}. Put "
-                "{% generation %} marks into the template around what the assistant writes, or set "
-                f"data.mask_inputs: false. The sample: {shown!r}"
-            ) from None
-        turns = [found[number] for number in wanted]
-        spans = [(start, end) for start, end, _ in turns]
-        return Rendered(text, spans, sum(1 for *_, closed in turns if not closed))
+            if train_on == "all":
+                spans = conversation.all_but(wishes, answers, end_of_turn=end_of_turn)
+                return Rendered(conversation.text, spans)
+            return conversation.only(wishes, chosen, answers, end_of_turn=end_of_turn)
+        except Unclear as reason:
+            raise _refused(conversation.text, reason) from None
 
-    def _by_marks(self, messages: list[Message], wanted: list[int]) -> Rendered:
-        text, spans = self._render(messages, marks=True)
-        turns = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
-        if len(wanted) < len(turns):
-            if len(spans) != len(turns):
-                raise RowError(
-                    f"has {len(turns)} assistant turns, but the template marks {len(spans)} "
-                    "stretches, so `train: false` cannot be applied to one of them"
-                )
-            spans = [span for turn, span in zip(turns, spans, strict=True) if turn in wanted]
+    def _marks(
+        self, messages: Sequence[Message], tools: list[Any] | None
+    ) -> tuple[str, list[Span]]:
+        text, spans = self.render.marks(messages, tools=tools)
         if any(not 0 <= start <= end <= len(text) for start, end in spans):
             raise RowError("gives the template's generation marks no place in the text")
-        return Rendered(text, [(start, end) for start, end in spans if start < end])
+        return text, [(start, end) for start, end in sorted(spans) if start < end]
 
-    # --- by skeleton: all contents replaced, one rendering for all conversations of the same roles
+    def _endless(self, text: str, spans: list[Span]) -> int:
+        ends = {match.end() for match in self._tokens.finditer(text)}
+        return sum(1 for start, end in spans if len(text[start:end].rstrip()) + start not in ends)
 
-    def _by_skeleton(
-        self, text: str, messages: list[Message]
-    ) -> dict[int, tuple[int, int, bool]] | None:
-        """Assistant's message → (start, end, has an end token), or None where contents change the
-        template."""
-        if any(message.keys() != {"role", "content"} for message in messages):
-            return None
-        roles = tuple(message["role"] for message in messages)
-        if roles not in self._skeletons:
-            if len(self._skeletons) >= _KEPT_SKELETONS:
-                self._skeletons.clear()
-            self._skeletons[roles] = self._skeleton(roles)
-        skeleton = self._skeletons[roles]
-        if skeleton is None:
-            return None
-        raw = [message["content"] for message in messages]
-        for contents in (raw, [content.strip() for content in raw]):
-            filled = [skeleton.segments[0]]
-            for content, segment in zip(contents, skeleton.segments[1:], strict=True):
-                filled += (content, segment)
-            if "".join(filled) == text:
-                return _places(skeleton, contents)
-        return None
-
-    def _skeleton(self, roles: tuple[str, ...]) -> _Skeleton | None:
-        if len(roles) > len(_SENTINELS):
-            return None
-        sentinels = [chr(_SENTINELS[number]) for number in range(len(roles))]
-        messages = [{"role": r, "content": s} for r, s in zip(roles, sentinels, strict=True)]
-        try:
-            segments = _split_at(self.render(messages), sentinels)
-            turns = []
-            for number, role in enumerate(roles):
-                if role != "assistant":
-                    continue
-                header = self._header(messages, number, segments[number])
-                end = self._end(messages, number, segments[number + 1])
-                turns.append(_Turn(number, header, end))
-        except (_Unclear, RowError):
-            return None
-        return _Skeleton(segments, turns)
-
-    def _header(self, messages: list[Message], turn: int, before: str) -> int:
-        """How much of `before`, the text between the previous content and this one, is header.
-
-        Message `turn - 1` of `messages` has one sentinel as its content.
-        """
-        if turn == 0:
-            prompt = self._generation_prompt()
-            if not before.endswith(prompt):
-                raise _Unclear("it begins with the assistant, and the header has no clear end")
-            return len(before)
-        previous = messages[turn - 1]["content"]
-        so_far = self.render(messages[:turn], add_generation_prompt=True)
-        header = _after(so_far, previous)
-        if before.startswith(header):
-            return len(header)
-        if header.startswith(before):
-            return len(before)  # the prompt goes on with a prefill, such as `<think>`
-        raise _Unclear(f"the turn begins with {before!r}, its generation prompt is {header!r}")
-
-    def _generation_prompt(self) -> str:
-        message = [{"role": "user", "content": chr(_SENTINELS[0])}]
-        without = self.render(message)
-        with_prompt = self.render(message, add_generation_prompt=True)
-        if not with_prompt.startswith(without):
-            raise _Unclear("the generation prompt changes what stands before it")
-        return with_prompt[len(without) :]
-
-    def _end(self, messages: list[Message], turn: int, after: str) -> int:
-        """How much of `after`, the text behind this content, ends the turn: up to its end-of-turn
-        token.
-
-        0 where the template writes none. Message `turn` of `messages` has a sentinel as its
-        content.
-        """
-        alone = _after(self.render(messages[: turn + 1]), messages[turn]["content"])
-        common = _common_start(alone, after)
-        matches = list(self._token.finditer(common))
-        if not matches:
-            if self._token.search(alone):
-                raise _Unclear(
-                    f"a turn in the middle goes on with {after!r}, the last one ends with {alone!r}"
-                )
-            return 0
-        # behind calls of tools, which may hold tokens of their own, only the last one ends the turn
-        return (matches[-1] if messages[turn].get("tool_calls") else matches[0]).end()
-
-    # --- by contents: one replaced at a time, in the real conversation
-
-    def _by_contents(
-        self, text: str, messages: list[Message], wanted: list[int]
-    ) -> dict[int, tuple[int, int, bool]]:
-        sentinel = _unused(text, messages)
-        found = {}
-        for turn in wanted:
-            end, after, swapped = self._content_end(text, messages, turn, sentinel)
-            begin = self._content_end(text, messages, turn - 1, sentinel)[0] if turn else 0
-            place = swapped.index(sentinel)
-            if swapped[:begin] != text[:begin]:
-                raise _Unclear(f"message {turn + 1} changes the text before it")
-            before = swapped[begin:place]
-            header = self._header(_replaced(messages, turn - 1, sentinel), turn, before)
-            if not text.startswith(before[:header], begin) or begin + header > end:
-                raise _Unclear(f"the header of message {turn + 1} depends on its content")
-            tail = self._end(_replaced(messages, turn, sentinel), turn, after)
-            found[turn] = (begin + header, end + tail, tail > 0)
-        return found
-
-    def _content_end(
-        self, text: str, messages: list[Message], number: int, sentinel: str
-    ) -> tuple[int, str, str]:
-        """(where in `text` the content of a message ends, what follows it, the text with the
-        sentinel)."""
-        swapped = self.render(_replaced(messages, number, sentinel))
-        after = _after(swapped, sentinel)
-        if not text.endswith(after):
-            raise _Unclear(f"what follows message {number + 1} depends on its content")
-        return len(text) - len(after), after, swapped
+    def _turns(
+        self,
+        text: str,
+        messages: Sequence[Message],
+        wanted: Sequence[int],
+        tools: list[Any] | None,
+    ) -> dict[int, Turn]:
+        if tools is None:
+            found = self._skeletons.turns(text, messages)
+            if found is not None and all(number in found for number in wanted):
+                return found
+        return insertions.find_turns(self.render, self._find, text, messages, wanted, tools=tools)
 
 
-def _places(skeleton: _Skeleton, contents: list[str]) -> dict[int, tuple[int, int, bool]]:
-    ends = []
-    at = 0
-    for segment, content in zip(skeleton.segments, contents, strict=False):
-        at += len(segment) + len(content)
-        ends.append(at)
-    places = {}
-    for turn in skeleton.turns:
-        before = ends[turn.message - 1] if turn.message else 0
-        places[turn.message] = (before + turn.header, ends[turn.message] + turn.end, turn.end > 0)
-    return places
+class _Conversation:
+    """One conversation, rendered: `only` and `all_but` say which of its characters are trained."""
+
+    def __init__(
+        self, template: ChatTemplate, messages: list[Message], tools: list[Any] | None
+    ) -> None:
+        self.template = template
+        self.messages = messages
+        self.tools = tools
+        self.marks: list[Span] | None = None
+        if template.render.marked:
+            self.text, self.marks = template._marks(messages, tools)
+        else:
+            self.text = template.render(messages, tools=tools)
+
+    def only(
+        self, wishes: list[Any], chosen: list[int], answers: list[int], *, end_of_turn: bool
+    ) -> Rendered:
+        """The turns of the chosen messages, or the stretches of them that are wished for."""
+        if not chosen:
+            return Rendered(self.text, [])
+        turns = self.template._turns(self.text, self.messages, chosen, self.tools)
+        parts = self._stretches({n: wishes[n] for n in chosen if isinstance(wishes[n], list)})
+        spans = []
+        for number in chosen:
+            turn = turns[number]
+            if number in parts:
+                spans += parts[number]
+                if end_of_turn and _to_the_end(wishes[number], self.messages[number]):
+                    spans.append((turn.stop, turn.end))
+                continue
+            end = turn.end if end_of_turn else turn.stop
+            whole = (turn.start, end)
+            spans += self._marked(whole) if number in answers else [whole]
+        endless = sum(turns[n].stop == turns[n].end for n in chosen if n in answers)
+        return Rendered(self.text, _joined(spans), endless)
+
+    def all_but(self, wishes: list[Any], answers: list[int], *, end_of_turn: bool) -> list[Span]:
+        """The whole text without the messages that are wished away and, it may be, the ends of
+        answers."""
+        lists = {n: wish for n, wish in enumerate(wishes) if isinstance(wish, list)}
+        out = [n for n, wish in enumerate(wishes) if wish is False or n in lists]
+        looked_at = sorted({*out, *(() if end_of_turn else answers)})
+        if not looked_at:
+            return [(0, len(self.text))]
+        turns = self.template._turns(self.text, self.messages, looked_at, self.tools)
+        holes = [(turns[n].start, turns[n].end) for n in out]
+        if not end_of_turn:
+            holes += [(turns[n].stop, turns[n].end) for n in answers]
+        kept = _joined([s for spans in self._stretches(lists).values() for s in spans])
+        if end_of_turn:
+            kept += [
+                (turns[n].stop, turns[n].end)
+                for n, wish in lists.items()
+                if _to_the_end(wish, self.messages[n])
+            ]
+        return _joined([*_without((0, len(self.text)), _joined(holes)), *kept])
+
+    def _stretches(self, wanted: Mapping[int, Sequence[Span]]) -> dict[int, list[Span]]:
+        if not wanted:
+            return {}
+        return insertions.find_stretches(
+            self.template.render, self.text, self.messages, wanted, tools=self.tools
+        )
+
+    def _marked(self, span: Span) -> list[Span]:
+        """What of a turn the template marks; all of it where it has no marks."""
+        if self.marks is None:
+            return [span]
+        cut = ((max(a, span[0]), min(b, span[1])) for a, b in self.marks)
+        return [(start, end) for start, end in cut if start < end]
 
 
-def _split_at(text: str, sentinels: list[str]) -> list[str]:
-    """The text before, between and after sentinels that each stand in it once, in their order."""
-    segments = []
-    for sentinel in sentinels:
-        if text.count(sentinel) != 1:
-            raise _Unclear("the template does not write every content exactly once, in order")
-        segment, _, text = text.partition(sentinel)
-        segments.append(segment)
-    return [*segments, text]
+def _wanted(wishes: list[Any], answers: list[int], train_on: TrainOn) -> list[int]:
+    """The messages of which something is trained."""
+    usual = answers[-1:] if train_on == "last_assistant" else answers
+    return [n for n, wish in enumerate(wishes) if (n in usual if wish is None else bool(wish))]
 
 
-def _after(text: str, sentinel: str) -> str:
-    if text.count(sentinel) != 1:
-        raise _Unclear("the template does not write every content exactly once")
-    return text.partition(sentinel)[2]
+def _to_the_end(stretches: Sequence[Span], message: Message) -> bool:
+    return any(stop == len(message["content"]) for _, stop in stretches)
 
 
-def _common_start(one: str, other: str) -> str:
-    differs = (at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
-    return one[: next(differs, min(len(one), len(other)))]
+def _joined(spans: Sequence[Span]) -> list[Span]:
+    """Spans in order; those that touch or overlap as one, empty ones left out."""
+    joined: list[Span] = []
+    for start, end in sorted(spans):
+        if start >= end:
+            continue
+        if joined and start <= joined[-1][1]:
+            joined[-1] = (joined[-1][0], max(joined[-1][1], end))
+        else:
+            joined.append((start, end))
+    return joined
 
 
-def _replaced(messages: list[Message], number: int, content: str) -> list[Message]:
-    if number < 0:
-        return messages
-    return [
-        {**message, "content": content} if index == number else message
-        for index, message in enumerate(messages)
-    ]
+def _without(span: Span, holes: Sequence[Span]) -> list[Span]:
+    """What is left of a span; the holes are in order and disjoint."""
+    left, at = [], span[0]
+    for start, end in holes:
+        left.append((at, start))
+        at = end
+    return [*left, (at, span[1])]
 
 
-def _unused(text: str, messages: list[Message]) -> str:
-    written = text + repr(messages)
-    for code in reversed(_SENTINELS):
-        if chr(code) not in written:
-            return chr(code)
-    raise _Unclear("it uses every private character")
+def _refused(text: str, reason: Unclear) -> RowError:
+    shown = text if len(text) <= 200 else f"{text[:140]} … {text[-50:]}"
+    return RowError(
+        f"cannot be masked exactly with this chat template: {reason}. The sample: {shown!r}",
+        hint="put {% generation %} marks into the template around what the assistant writes, or "
+        "set data.train_on: all",
+    )

@@ -185,9 +185,8 @@ def test_no_end_token_is_counted():
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
         "{{ '<|endoftext|>' if loop.last else '<|im_end|>' }}{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
-        # what follows a turn depends on what it says
-        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>"
-        "{% if 'b' in m.content %} (b!){% endif %}{% endfor %}"
+        # what a turn says is found by counting its characters
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content[:1] }}<|im_end|>{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
     ],
 )

@@ -1,0 +1,244 @@
+"""Sentinels between the characters of a real conversation: turns where contents shape the text.
+
+A sentinel is put before and behind what each message says. Without its sentinels, the rendering
+must be the conversation's own **to the letter**, so they have changed nothing but where they stand;
+each then shows where the characters on its two sides were written. A sentinel may change something:
+white space is not stripped past it, and a template may ask how a content begins. So several ways of
+placing them are tried, and a conversation for which none holds is refused.
+"""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from arctic_like.data.rendering import Renderer, Span
+from arctic_like.data.shapes import Message, RowError
+from arctic_like.data.turns import Probe, Turn, TurnFinder, Unclear, sentinels, unused
+
+_REASONING = ("reasoning_content", "thinking", "reasoning")
+_CLOSE = "</think>"
+_WAYS = ("whole", "stripped", "newlines", "behind thoughts", "behind thoughts, stripped", "inside")
+
+
+def find_turns(
+    render: Renderer,
+    find: TurnFinder,
+    text: str,
+    messages: Sequence[Message],
+    wanted: Sequence[int],
+    *,
+    tools: list[Any] | None,
+) -> dict[int, Turn]:
+    """The turns of some messages in `text`, the rendering of `messages`.
+
+    Raises Unclear where no way of placing sentinels shows them.
+    """
+    reason = "the contents change what the template writes around them"
+    for way in _WAYS:
+        try:
+            signs = _Signs(text, messages)
+            probe = _around(messages, signs, way)
+            written = render(probe.messages, tools=tools)
+            if signs.without(written) != text:
+                continue
+            turns = find(probe, written, wanted, tools=tools)
+        except (Unclear, RowError) as error:
+            reason = str(error)
+            continue
+        places = signs.places(written)
+        return {
+            number: Turn(
+                *(at - bisect_left(places, at) for at in (turn.start, turn.stop, turn.end))
+            )
+            for number, turn in turns.items()
+        }
+    raise Unclear(reason)
+
+
+def find_stretches(
+    render: Renderer,
+    text: str,
+    messages: Sequence[Message],
+    wanted: Mapping[int, Sequence[Span]],
+    *,
+    tools: list[Any] | None,
+) -> dict[int, list[Span]]:
+    """Message → the characters of `text` that stretches of its content became.
+
+    wanted: message → characters of its content. A stretch that the template does not write (an
+    earlier turn's thoughts, say) is left out. Raises Unclear where sentinels do not show them.
+    """
+    for way in ("whole", "stripped", "newlines"):
+        signs = _Signs(text, messages)
+        marked = list(messages)
+        pairs: dict[int, list[tuple[str, str]]] = {}
+        for number, stretches in wanted.items():
+            content = messages[number]["content"]
+            first, last = _bounds(content, way)
+            at = [(min(max(at, first), last), signs.one()) for pair in stretches for at in pair]
+            drawn = [sign for _, sign in at]
+            pairs[number] = list(zip(drawn[::2], drawn[1::2], strict=True))
+            marked[number] = {**messages[number], "content": _with(content, at)}
+        try:
+            written = render(marked, tools=tools)
+        except RowError:
+            continue
+        if signs.without(written) == text:
+            return _read(signs, written, pairs)
+    raise Unclear("the template changes a content of which only a part is trained")
+
+
+def _read(
+    signs: _Signs, written: str, pairs: dict[int, list[tuple[str, str]]]
+) -> dict[int, list[Span]]:
+    places, unique = signs.places(written), sentinels(written)
+    found: dict[int, list[Span]] = {}
+    for number, mine in pairs.items():
+        found[number] = []
+        for start, stop in mine:
+            if not (start in written or stop in written):
+                continue
+            if start not in unique or stop not in unique:
+                raise Unclear(f"a part that is trained of message {number + 1} is written in parts")
+            first, last = unique[start], unique[stop]
+            found[number].append(
+                (first - bisect_left(places, first), last - bisect_left(places, last))
+            )
+    return found
+
+
+class _Signs:
+    """Sentinels that stand nowhere in a conversation."""
+
+    def __init__(self, text: str, messages: Sequence[Message]) -> None:
+        strings = [text, *_strings(list(messages))]
+        self._free = iter(unused(strings, 4 * len(strings) + 8))
+        self._used: dict[int, None] = {}
+
+    def one(self) -> str:
+        """A sentinel that was not given out yet."""
+        sign = next(self._free, None)
+        if sign is None:
+            raise Unclear("too many parts of it are trained")
+        self._used[ord(sign)] = None
+        return sign
+
+    def without(self, text: str) -> str:
+        """A text without the sentinels that were given out."""
+        return text.translate(self._used)
+
+    def places(self, text: str) -> list[int]:
+        """Where the sentinels that were given out stand, in order."""
+        pattern = f"[{''.join(map(chr, self._used))}]" if self._used else "(?!)"
+        return [match.start() for match in re.finditer(pattern, text)]
+
+
+def _around(messages: Sequence[Message], signs: _Signs, way: str) -> Probe:
+    """A conversation with sentinels around what each message says."""
+    marked, own = [], []
+    for message in messages:
+        mine: list[str] = []
+        changed = dict(message)
+        answer = message["role"] == "assistant"
+        thoughts = next((key for key in _REASONING if message.get(key) is not None), "")
+        if answer and thoughts and isinstance(message[thoughts], str):
+            changed[thoughts] = _put(message[thoughts], signs, mine, way)
+        content = message.get("content")
+        if isinstance(content, str):
+            inside = way == "inside" and not answer
+            changed["content"] = (_put_inside if inside else _put)(content, signs, mine, way)
+        if message.get("tool_calls"):
+            changed["tool_calls"] = _in_calls(message["tool_calls"], signs, mine)
+        marked.append(changed)
+        own.append(mine)
+    return Probe(marked, own)
+
+
+def _put(content: str, signs: _Signs, mine: list[str], way: str) -> str:
+    first, last = _bounds(content, way)
+    if way.startswith("behind") and _CLOSE in content:
+        mine.append(signs.one())  # that it is not written says that something stands before
+    if first < last:
+        mine += [signs.one(), signs.one()]
+        return _with(content, [(first, mine[-2]), (last, mine[-1])])
+    if way == "inside":
+        return content  # templates ask whether a content is empty
+    mine.append(signs.one())
+    return _with(content, [(first, mine[-1])])
+
+
+def _put_inside(content: str, signs: _Signs, mine: list[str], way: str) -> str:
+    """Where a template may ask how a content begins and ends."""
+    if len(content) < 2:
+        return content
+    mine.append(signs.one())
+    return _with(content, [(len(content) // 2, mine[-1])])
+
+
+def _in_calls(calls: Any, signs: _Signs, mine: list[str]) -> Any:
+    """Calls of tools with sentinels around each name and behind each text of the arguments."""
+    if not isinstance(calls, list):
+        return calls
+    marked = []
+    for call in calls:
+        inner = call.get("function", call) if isinstance(call, dict) else None
+        if not isinstance(inner, dict):
+            marked.append(call)
+            continue
+        changed = dict(inner)
+        if isinstance(inner.get("name"), str):
+            mine += [signs.one(), signs.one()]
+            changed["name"] = mine[-2] + inner["name"] + mine[-1]
+        if "arguments" in inner:
+            changed["arguments"] = _behind(inner["arguments"], signs, mine)
+        marked.append({**call, "function": changed} if "function" in call else changed)
+    return marked
+
+
+def _behind(value: Any, signs: _Signs, mine: list[str]) -> Any:
+    if isinstance(value, str):
+        mine.append(signs.one())
+        return value + mine[-1]
+    if isinstance(value, dict):
+        return {key: _behind(item, signs, mine) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_behind(item, signs, mine) for item in value]
+    return value
+
+
+def _bounds(content: str, way: str) -> Span:
+    """Where the sentinels around a content stand in it: inside what is stripped off it."""
+    if way == "whole":
+        return 0, len(content)
+    at = (
+        content.rfind(_CLOSE) + len(_CLOSE) if way.startswith("behind") and _CLOSE in content else 0
+    )
+    if way == "behind thoughts":
+        return (len(content) - len(content[at:].lstrip("\n")) if at else 0), len(content)
+    strip = "\n" if way == "newlines" else None
+    first = len(content) - len(content[at:].lstrip(strip))
+    return first, max(first, len(content.rstrip(strip)))
+
+
+def _with(content: str, at: Sequence[tuple[int, str]]) -> str:
+    """A content with sentinels before some of its characters; those at one place in their order."""
+    parts, done = [], 0
+    for place, sign in sorted(at, key=lambda pair: pair[0]):
+        parts += [content[done:place], sign]
+        done = place
+    return "".join([*parts, content[done:]])
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield str(key)
+            yield from _strings(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _strings(item)
