@@ -92,15 +92,16 @@ class SourceConfig(PartConfig):
     """One entry of `data.sources` or `data.eval_sources`; a bare string is its `name_or_path`."""
 
     type: str = "huggingface"
-    """How it is read: `huggingface`, `huggingface_instruct`, `huggingface_causal`, `file`, or your
-    own."""
+    """How it is read: `huggingface` (files and the Hub), `huggingface_instruct`,
+    `huggingface_causal`, `file`, `sql`, `python`, or your own."""
 
     name_or_path: NameOrPath = ""
-    """A file (jsonl, json, parquet, csv, txt, also .gz), a glob of files, a folder, or a Hub name;
+    """A file (jsonl, json, csv, tsv, parquet, arrow, txt, md; also compressed: .gz, .bz2, .xz,
+    .zst), a glob of files, a folder, a URL (s3://, gs://, https://), or a Hub name;
     `name:split` and `name:split[:100]` name a split and a part of it."""
 
     shape: Shape = "auto"
-    """What the rows hold; found from the columns of the first rows unless given."""
+    """What the rows hold; found from each row's columns unless given."""
 
     label: str = ""
     """Name of the source in reports and metrics; its file or data set unless given."""
@@ -145,7 +146,8 @@ class SourceConfig(PartConfig):
     trained."""
 
     kwargs: dict[str, Any] = Field(default_factory=dict)
-    """Further arguments: of `datasets.load_dataset` for a Hub name, of the reader for a file."""
+    """Further arguments: of `datasets.load_dataset` for a Hub name, of the reader for a file, of
+    the function for `python`."""
 
     split_mapping: dict[str, str] = Field(default_factory=dict)
     """Other names of splits: `{train: train_sft, eval: test_sft}`."""
@@ -160,12 +162,37 @@ class SourceConfig(PartConfig):
     given."""
 
     column: str = ""
-    """Column that holds the text or the turns, where it is not one of the usual names."""
+    """Column that holds the text or the turns, where it is not one of the usual names; of a text
+    also a template (`"{{ title }} {{ body }}"`)."""
 
     @property
     def title(self) -> str:
         """The source's name in reports and metrics."""
         return self.label or self.name_or_path or self.type
+
+    @property
+    def tokenised(self) -> bool:
+        """Whether the rows are tokens already."""
+        return not self.process or self.shape == "tokenised"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset(cls, data: Any) -> Any:
+        """What is known of data sets of the Hub by their name, where the recipe does not say it."""
+        from arctic_like.data.presets import with_preset
+
+        return with_preset(data) if isinstance(data, dict) else data
+
+    @model_validator(mode="after")
+    def _whole_templates(self) -> SourceConfig:
+        from arctic_like.data.columns import is_template, template_problem
+
+        stated = {f"role_mapping.{role}": path for role, path in self.role_mapping.items()}
+        for place, path in {**stated, "column": self.column}.items():
+            if is_template(path) and (reason := template_problem(path)):
+                raise wrong(f"is {path!r}, no whole template ({reason})", place=place,
+                            hint="write {{ column }}")  # fmt: skip
+        return self
 
     @model_validator(mode="after")
     def _one_way_to_draw(self) -> SourceConfig:

@@ -145,12 +145,22 @@ def _expanded(node: Node, choice: Chooses) -> Node:
 
 def _absolute(node: Node, mark: PathMark) -> Node:
     folder = node.origin.folder
+    if mark.name_too and "://" in node.value:
+        return replace(node, value=_absolute_url(node.value, folder))
     if mark.name_too and not _looks_like_path(node.value, folder):
         return node
     result: dict[str, Any] = {"value": absolute(node.value, folder)}
     if node.raw is not None and not Path(node.value).expanduser().is_absolute():
         result["raw"] = f"{folder}/{node.raw}"
     return replace(node, **result)
+
+
+def _absolute_url(url: str, folder: Path) -> str:
+    """A URL as it is, but for a database file that is named by a relative path."""
+    protocol, _, path = url.partition(":///")
+    if not protocol.startswith("sqlite") or not path or path.startswith(("/", ":")):
+        return url
+    return f"{protocol}:///{absolute(path, folder)}"
 
 
 def _looks_like_path(text: str, folder: Path) -> bool:
