@@ -5,13 +5,14 @@
     offsets.bin     int64, n + 1: where each document begins in both
     places.bin      utf-8: where each document comes from
     places_at.bin   int64, n + 1: where each place begins
+    column-*.bin    int64, n: what else an encoder says of each document
 
 Memory stays flat however large they are, and a worker process gets them by path.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -36,6 +37,7 @@ class DocumentWriter:
     """Writes documents into an empty folder, as they come."""
 
     def __init__(self, folder: Path) -> None:
+        self._folder = folder
         names = ("tokens", "trained", "offsets", "places", "places_at")
         self._files: dict[str, BinaryIO] = {
             name: (folder / f"{name}.bin").open("wb") for name in names
@@ -44,10 +46,18 @@ class DocumentWriter:
         self._write("offsets", np.zeros(1, dtype=np.int64))
         self._write("places_at", np.zeros(1, dtype=np.int64))
 
-    def add(self, places: Sequence[str], lengths: Any, tokens: Any, trained: Any) -> None:
+    def add(
+        self,
+        places: Sequence[str],
+        lengths: Any,
+        tokens: Any,
+        trained: Any,
+        columns: Mapping[str, Any] | None = None,
+    ) -> None:
         """Append documents.
 
         places: where each comes from. lengths: tokens of each. tokens, trained: those of all, flat.
+        columns: further values, one a document; the same names at every call.
         """
         lengths = np.asarray(lengths, dtype=np.int64)
         tokens = np.asarray(tokens, dtype=np.int32)
@@ -65,6 +75,10 @@ class DocumentWriter:
         self._write("offsets", self.tokens + np.cumsum(lengths))
         self._files["places"].write(b"".join(encoded))
         self._write("places_at", ends)
+        for name, values in (columns or {}).items():
+            if f"column-{name}" not in self._files:
+                self._files[f"column-{name}"] = (self._folder / f"column-{name}.bin").open("wb")
+            self._write(f"column-{name}", np.asarray(values, dtype=np.int64))
         self.documents += len(places)
         self.tokens += len(tokens)
         self.trained += int(trained.sum())
@@ -92,6 +106,10 @@ class Documents:
         self.offsets = mapped(self.folder / "offsets.bin", np.int64)
         self._places = mapped(self.folder / "places.bin", np.uint8)
         self._places_at = mapped(self.folder / "places_at.bin", np.int64)
+        self.columns: dict[str, NDArray[np.int64]] = {
+            path.stem.removeprefix("column-"): mapped(path, np.int64)
+            for path in sorted(self.folder.glob("column-*.bin"))
+        }
 
     def __getstate__(self) -> dict[str, Path]:
         return {"folder": self.folder}

@@ -113,7 +113,7 @@ def _write_documents(
     for batch in encoded(chosen_rows(source), encoder, num_proc=num_proc):
         if batch.bad:
             raise batch.bad[0].error()
-        writer.add(batch.places, batch.lengths, batch.tokens, batch.trained)
+        writer.add(batch.places, batch.lengths, batch.tokens, batch.trained, batch.columns)
         counts.update(batch.counts)
         if time.monotonic() - told > _REPORT_SECONDS:
             told = time.monotonic()
