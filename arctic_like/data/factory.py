@@ -183,14 +183,12 @@ class TokenDataFactory(DataFactory):
     def _encoder(self, tokenizer: PreTrainedTokenizerBase, source: SourceConfig) -> Encoder:
         from arctic_like.data.encoders import TokenEncoder
 
-        return self.encoder(tokenizer, source) if source.process else TokenEncoder(len(tokenizer))
+        return TokenEncoder(len(tokenizer)) if source.tokenised else self.encoder(tokenizer, source)
 
     def _shape(self, source: SourceConfig) -> dict[str, Any]:
-        return (
-            {"factory": self.name, **self.shape(source)}
-            if source.process
-            else {"factory": "tokens"}
-        )
+        if source.tokenised:
+            return {"factory": "tokens"}
+        return {"factory": self.name, "rows": source.shape, **self.shape(source)}
 
     def _max_length(self, max_positions: int | None) -> int:
         stated = self.config.max_length
