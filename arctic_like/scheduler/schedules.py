@@ -201,13 +201,15 @@ class Schedules:
         Raises RecipeError where a schedule is not what it was.
         """
         self._check_same(state["schedules"])
+        # first: DeepSpeed (0.19.8) gives all groups what the first had, names too, when it loads a
+        # universal checkpoint at stage 3
+        for group, start in zip(self.optimizer.param_groups, self._start, strict=True):
+            group.update(start)
         for schedule in self.schedules:
             saved = state["schedules"][schedule.name]
             schedule.scheduler.load_state_dict(saved["state"])
             schedule.measured = saved["measured"]
-        groups = zip(self.optimizer.param_groups, self._start, state["moved"], strict=True)
-        for group, start, moved in groups:
-            group.update(start)
+        for group, moved in zip(self.optimizer.param_groups, state["moved"], strict=True):
             group.update(moved)
         self._rescale(state["stated_rates"], state["moved"])
 

@@ -22,6 +22,7 @@ from arctic_like.run_info import RunInfo, supply
 from arctic_like.trainer.config import resolve_batch
 from arctic_like.trainer.continuity import check_continuity, check_samples
 from arctic_like.trainer.learner import Learner
+from arctic_like.trainer.measured import check_measured
 from arctic_like.trainer.surface import MAIN
 from arctic_like.world import World
 
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from arctic_like.rundir import RunDirectory
     from arctic_like.stop import StopRequest
     from arctic_like.trainer.base import Trainer
+    from arctic_like.trainer.config import MetricMonitor
     from arctic_like.trainer.recorder import Recorder
     from arctic_like.trainer.saver import Saver
 
@@ -132,6 +134,7 @@ def assemble(trainer: Trainer, session: Session) -> Equipment:
         tokenizer = supply(tokenizer_part.build, info, model_name_or_path=model_name)
     with notice.part("data"):
         data = prepare_data(config, info, tokenizer, session, facts)
+    check_measured(config, sets=len(data.evaluation))
     plan, loader = _loader(config, info, data)
     if resumed:
         check_samples(resumed, samples=plan.size, allow=config.allow_changes)
@@ -141,7 +144,15 @@ def assemble(trainer: Trainer, session: Session) -> Equipment:
         facts=MappingProxyType(dict(data.facts)),
     )  # fmt: skip
     learners = {
-        name: _learner(name, part, info, tokenizer=tokenizer, resumed=resumed, notice=notice)
+        name: _learner(
+            name,
+            part,
+            info,
+            tokenizer=tokenizer,
+            resumed=resumed,
+            notice=notice,
+            monitor=config.metric_monitor,
+        )
         for name, part in learner_configs(config).items()
     }
     _prove_isolation(config, learners[MAIN].engine.module, info)
@@ -240,7 +251,10 @@ def _horizon(config: Any, plan: Plan, data: PreparedData) -> tuple[int, int]:
             Problem("and train_iters are both 0: nothing would be trained", place="epochs",
                     hint="set epochs or train_iters")
         )  # fmt: skip
-    return total, config.scheduler.resolve_warmup(total)
+    warmup = config.scheduler.warmup_in_steps(
+        total_steps=total, steps_per_epoch=plan.batches_per_epoch
+    )
+    return total, warmup
 
 
 def learner_configs(config: Any) -> dict[str, Any]:
@@ -286,12 +300,18 @@ def _stage(ds_config: dict[str, Any]) -> int:
 
 def _learner(
     name: str, part: Any, info: RunInfo, *, tokenizer: Any, resumed: dict[str, Any] | None,
-    notice: _Notices,
+    notice: _Notices, monitor: MetricMonitor,
 ) -> Learner:  # fmt: skip
     """Model, optimizer, engine and scheduler of one learner. A key of the recipe names each moment:
     `model`, `optimizer`, … of the recipe's own, `critic.model`, … of the others."""
+    from loguru import logger
+
     from arctic_like.engine.deepspeed import Engine
     from arctic_like.engine.ds_config import uses_offload
+    from arctic_like.engine.modes import OptimizerModes
+    from arctic_like.optimizer.groups import GROUP
+    from arctic_like.optimizer.limits import check_optimizer, untested
+    from arctic_like.scheduler.schedules import Schedules
 
     prefix = "" if name == MAIN else f"{name}."
     model_part = build(part.model, "model")
@@ -306,17 +326,24 @@ def _learner(
         with notice.part(f"{prefix}engine"):
             return Learner(Engine(module, optimizer=None, config=ds_config), config=part)
     optimizer_part = build(part.optimizer, "optimizer")
-    scheduler_part = build(part.scheduler, "scheduler")
     with notice.part(f"{prefix}optimizer"):
         optimizer = supply(
             optimizer_part.build, info, model=module, offload=uses_offload(ds_config)
         )
+        check_optimizer(optimizer, zero_stage=_stage(ds_config))
+        if sentence := untested(optimizer, zero_stage=_stage(ds_config)):
+            logger.warning(sentence)
     with notice.part(f"{prefix}engine"):
         engine = Engine(module, optimizer=optimizer, config=ds_config)
         engine.engine.train()
+        modes = OptimizerModes(engine)
     with notice.part(f"{prefix}scheduler"):
-        scheduler = supply(scheduler_part.build, info, optimizer=engine.base_optimizer)
-    return Learner(engine, engine.base_optimizer, scheduler, part)
+        schedules = Schedules(
+            optimizer, part.scheduler, info=info, key=GROUP,
+            groups={group.label: group.scheduler for group in part.optimizer.groups},
+            monitored=monitor.metric, direction=monitor.direction,
+        )  # fmt: skip
+    return Learner(engine, optimizer, schedules, part, modes)
 
 
 def _prove_isolation(config: Any, module: nn.Module, info: RunInfo) -> None:

@@ -208,6 +208,8 @@ class Trainer(Part, Moments, Surface, family="trainer"):
         while not self.is_done:
             self.epoch()
         self._finish()
+        for learner in self.learners.values():
+            learner.finish_training()
         self.emit("on_train_end")
         if self.config.test_at_end and not self.progress.stopped:
             self.test()
@@ -301,7 +303,7 @@ class Trainer(Part, Moments, Surface, family="trainer"):
         self._evaluations_made += 1
         self.numbers.take_in(results)
         for learner in self.learners.values():
-            learner.after_evaluation(results, self.numbers)
+            learner.after_evaluation(results, self.session.host)
         every = self.config.eval_log_iter_interval
         if results and every and self._evaluations_made % every == 0:
             self.log(results, kind="evaluation")

@@ -14,6 +14,7 @@ from arctic_like.errors import Problem, RecipeError
 
 REFUSED = (
     "type", "seed", "model", "ref_model", "tokenizer", "data", "optimizer.type",
+    "optimizer.groups.*.match",
     "deepspeed.zero_optimization.stage", "overfit_first_batch",
 )  # fmt: skip
 HARMLESS = (
@@ -92,7 +93,15 @@ def check_samples(saved: Mapping[str, Any], *, samples: int, allow: bool) -> Non
 
 
 def _within(place: str, prefixes: tuple[str, ...]) -> bool:
-    return any(place == prefix or place.startswith(prefix + ".") for prefix in prefixes)
+    """Whether a place is one of `prefixes`, or below one; `*` there is any one word."""
+    words = place.split(".")
+    return any(
+        len(words) >= len(prefix.split("."))
+        and all(
+            pattern in ("*", word) for pattern, word in zip(prefix.split("."), words, strict=False)
+        )
+        for prefix in prefixes
+    )
 
 
 def _leaves(value: Any, place: str = "") -> Iterator[tuple[str, Any]]:

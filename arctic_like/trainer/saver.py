@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -76,9 +77,13 @@ class Saver:
                 "barrier": self._session.host.barrier,
                 "step": step,
             }
-            if engine.resumable:
-                values |= self._state(trainer)
-            supply(engine.save, self._info, **values)
+            with contextlib.ExitStack() as stack:
+                if engine.resumable:
+                    values |= self._state(trainer)
+                else:  # what others load: the weights to use
+                    for learner in trained(trainer).values():
+                        stack.enter_context(learner.evaluating())
+                supply(engine.save, self._info, **values)
             if not engine.resumable and directory not in self.exports:
                 self.exports.append(directory)
             trainer.emit("on_checkpoint_end", directory)
@@ -140,10 +145,6 @@ class Saver:
         mine = states[world.rank] if same else states[0]
         for name, learner in trained(trainer).items():
             learner.scheduler.load_state_dict(mine["schedulers"][name])
-            for group, rate in zip(
-                learner.optimizer.param_groups, learner.scheduler.get_last_lr(), strict=True
-            ):
-                group["lr"] = rate
         sums = [mine] if same else (states if world.is_main else [])
         equipment.step_ledger.load_state_dict([state["step_ledger"] for state in sums])
         equipment.epoch_ledger.load_state_dict([state["epoch_ledger"] for state in sums])
