@@ -23,6 +23,7 @@ from arctic_like.trainer.config import resolve_batch
 from arctic_like.trainer.continuity import check_continuity, check_samples
 from arctic_like.trainer.learner import Learner
 from arctic_like.trainer.measured import check_measured
+from arctic_like.trainer.preparation import build_data, build_tokenizer
 from arctic_like.trainer.surface import MAIN
 from arctic_like.world import World
 
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     from arctic_like.data.loader import Loader, MicroBatch
     from arctic_like.data.order import Plan
     from arctic_like.engine.host import HostGroup
-    from arctic_like.model.base import ModelFacts
     from arctic_like.recipe import Recipe
     from arctic_like.rundir import RunDirectory
     from arctic_like.stop import StopRequest
@@ -127,13 +127,10 @@ def assemble(trainer: Trainer, session: Session) -> Equipment:
 
     notice("on_run_start")
     notice("on_setup_start")
-    tokenizer_part = build(config.tokenizer, "tokenizer")
-    facts = build(config.model, "model").facts()
-    model_name = getattr(config.model, "name_or_path", "") or None
     with notice.part("tokenizer"):
-        tokenizer = supply(tokenizer_part.build, info, model_name_or_path=model_name)
+        tokenizer = build_tokenizer(config, info)
     with notice.part("data"):
-        data = prepare_data(config, info, tokenizer, session, facts)
+        data = prepare_data(config, info, tokenizer, session)
     check_measured(config, sets=len(data.evaluation))
     plan, loader = _loader(config, info, data)
     if resumed:
@@ -167,22 +164,14 @@ def assemble(trainer: Trainer, session: Session) -> Equipment:
     )  # fmt: skip
 
 
-def prepare_data(
-    config: Any, info: RunInfo, tokenizer: Any, session: Session, facts: ModelFacts
-) -> PreparedData:
+def prepare_data(config: Any, info: RunInfo, tokenizer: Any, session: Session) -> PreparedData:
     """The recipe's data, tokenised and packed; says what was read. All ranks fail together."""
     from loguru import logger
 
     error: BaseException | None = None
     data: Any = None
     try:
-        data = supply(
-            build(config.data, "data").build, info, tokenizer=tokenizer,
-            max_positions=facts.max_positions,
-            seed=info.seed if getattr(config.data, "seed", None) is None else config.data.seed,
-        )  # fmt: skip
-        if data.train is None or not len(data.train):
-            raise RecipeError(Problem("holds no sample to train on", place="data.sources"))
+        data = build_data(config, info, tokenizer)
     except BaseException as problem:
         error = problem
     session.host.raise_together(error)
