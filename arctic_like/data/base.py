@@ -223,6 +223,8 @@ class DataConfig(PartConfig):
     not_yet = {
         "repeat_to_pack_max_length": "raise `epochs`, or repeat the source in data.sources",
         "fuse_positions_prob": "nothing replaces it: packed documents never see each other",
+        "sample_weighted_loss": "the loss is the mean over all trained tokens; a trainer of your "
+        "own may weigh them otherwise (`weight`)",
     }
 
     sources: Sources = Field(default_factory=list)
@@ -343,6 +345,9 @@ class DataConfig(PartConfig):
     repeat_to_pack_max_length: bool = False
     """Repeat a small set until it fills one sample. Not built yet."""
 
+    sample_weighted_loss: bool = False
+    """Weigh every sample of a pack alike, in place of every token. Not built yet."""
+
     fuse_positions_prob: HumanFloat = Field(default=0.0, ge=0, le=1)
     """Let packed documents see each other with this probability. Not built yet."""
 
@@ -454,6 +459,14 @@ class SampleSet(ABC):
     @abstractmethod
     def sample_id(self, index: int) -> str:
         """Where the sample comes from: "train.jsonl:17"; of a pack its first documents, "… +5"."""
+
+    def places(self, index: int) -> list[str]:
+        """Where each document of the sample comes from, in their order."""
+        return [self.sample_id(index)]
+
+    def entries(self) -> list[Path]:
+        """The cache's entries that the set is read from."""
+        return []
 
 
 @dataclass(frozen=True)

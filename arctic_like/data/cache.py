@@ -85,6 +85,8 @@ def obtain(
     """
     entry = folder / key
     if (entry / MARKER).is_file():
+        with suppress(OSError):  # a cache that one may only read
+            os.utime(entry)  # when it was last used, for whoever tidies up
         return entry
     if not missing_ok:
         raise RecipeError(

@@ -113,10 +113,19 @@ class DocumentSamples(SampleSet):
     def sample_id(self, index: int) -> str:
         """Places of the sample's first documents: "train.jsonl:17, train.jsonl:4 … +5"."""
         bounds = self._bounds(index)
-        named = []
-        for piece in bounds[:_NAMED]:
-            part, document = self._where(piece)
-            start = int(self.pieces.start[piece])
-            named.append(part.place(document) + (f"@{start}" if start else ""))
+        named = [self._place(piece) for piece in bounds[:_NAMED]]
         more = len(bounds) - len(named)
         return ", ".join(named) + (f" … +{more}" if more else "")
+
+    def places(self, index: int) -> list[str]:
+        """Where each document comes from, and from which of its tokens on: "train.jsonl:17@512"."""
+        return [self._place(piece) for piece in self._bounds(index)]
+
+    def entries(self) -> list[Path]:
+        """The folder of the plan, then those of the documents."""
+        return [self.folder, *(part.folder for part in self.documents)]
+
+    def _place(self, piece: int) -> str:
+        part, document = self._where(piece)
+        start = int(self.pieces.start[piece])
+        return part.place(document) + (f"@{start}" if start else "")
