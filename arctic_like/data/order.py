@@ -305,17 +305,19 @@ class GroupedPlan:
     def _regrouped(self, epoch: int, window: int) -> list[NDArray[np.int64]]:
         batch = self.global_batch_size
         first = window * self.window
-        numbers = range(first, min(first + self.window, self.batches_per_epoch))
+        last = min(first + self.window, self.batches_per_epoch)
         begin = epoch * self.samples_per_epoch
-        together = np.concatenate([self.plan.at(begin + n * batch).samples for n in numbers])
+        together = np.concatenate(
+            [self.plan.at(begin + number * batch).samples for number in range(first, last)]
+        )
         ordered = together[np.argsort(self.lengths[together], kind="stable")]
         full, rest = divmod(len(together), batch)
         key = key_of(self.seed, epoch, window, 0)
         # the short batch, if there is one, is taken from any length
         cut = permute([0], size=full + 1, key=key_of(key, 1))[0] * batch if rest else len(ordered)
         short, whole = ordered[cut : cut + rest], np.delete(ordered, np.s_[cut : cut + rest])
-        order = permute(range(full), size=full, key=key) if full else []
-        batches = [whole[n * batch : (n + 1) * batch] for n in order]
+        numbers = permute(np.arange(full), size=full, key=key).tolist() if full else []
+        batches = [whole[n * batch : (n + 1) * batch] for n in numbers]
         return [*batches, short] if rest else batches
 
 
