@@ -107,11 +107,15 @@ def render(
     found = template.trained(
         messages, tools=tools, train_on=rules.train_on, end_of_turn=rules.train_end_of_turn
     )
-    if not rules.ignore_empty_think:
-        return found
-    text = found.text
-    spans = [(past_empty_block(text, start, end), end) for start, end in found.spans]
-    return Rendered(text, [(start, end) for start, end in spans if start < end], found.endless)
+    return past_empty_thoughts(found) if rules.ignore_empty_think else found
+
+
+def past_empty_thoughts(found: Rendered) -> Rendered:
+    """Without the empty `<think></think>` that spans begin with."""
+    spans = [(past_empty_block(found.text, start, end), end) for start, end in found.spans]
+    return Rendered(
+        found.text, [(start, end) for start, end in spans if start < end], found.endless
+    )
 
 
 class DocumentEncoder:

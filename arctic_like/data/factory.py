@@ -1,14 +1,11 @@
-"""The built-in data factories: conversations (`sft`), texts (`causal`), preferences (`dpo`,
-declared)."""
+"""The data factories of conversations (`sft`) and texts (`causal`), and what all that make tokens
+have in common."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from pydantic import Field
-
-from arctic_like.config.values import HumanInt
 from arctic_like.data.base import (
     DataConfig,
     DataFactory,
@@ -38,24 +35,6 @@ class CausalDataConfig(DataConfig):
     """The recipe's `data:` for plain texts."""
 
     type: str = "causal"
-
-
-class DPODataConfig(DataConfig):
-    """The recipe's `data:` for preferences."""
-
-    not_yet = {
-        **DataConfig.not_yet,
-        "max_prompt_length": "data.max_length bounds the whole sample",
-        "dpo_prompt_truncation_mode": "data.long_samples says what becomes of long samples",
-    }
-
-    type: str = "dpo"
-
-    max_prompt_length: HumanInt = Field(default=4096, ge=1)
-    """Longest prompt in tokens. Not built yet."""
-
-    dpo_prompt_truncation_mode: Literal["keep_start", "keep_end"] = "keep_start"
-    """Which end of a long prompt is kept. Not built yet."""
 
 
 class TokenDataFactory(DataFactory):
@@ -260,25 +239,6 @@ class CausalDataFactory(TokenDataFactory):
 
     def shape(self, source: SourceConfig) -> dict[str, Any]:
         return {}
-
-
-class DPODataFactory(DataFactory):
-    """Preferences. The recipe's keys are known; preparing them comes with the preference trainer."""
-
-    name = "dpo"
-    config_type = DPODataConfig
-
-    def problems(self) -> list[Problem]:
-        return [
-            Problem(
-                "is 'dpo': preference data comes with the preference trainer, not built yet",
-                place="data.type",
-                hint="train with type: sft or type: causal",
-            )
-        ]
-
-    def build(self, **values: Any) -> PreparedData:
-        raise RecipeError(self.problems())
 
 
 def _for_evaluation(source: SourceConfig) -> SourceConfig:

@@ -98,7 +98,7 @@ def token_mask(encoding: Any, spans: Sequence[Span]) -> Mask:
     for start, end in spans:
         if start == end:
             continue
-        first, last = _first_token(encoding, start, end), _last_token(encoding, start, end)
+        first, last = first_token(encoding, start, end), _last_token(encoding, start, end)
         if first is None or last is None:
             raise ValueError(f"no token holds the characters {start} to {end}")
         straddling += encoding.token_to_chars(first)[0] < start
@@ -106,10 +106,12 @@ def token_mask(encoding: Any, spans: Sequence[Span]) -> Mask:
     return Mask(trained, straddling)
 
 
-def _first_token(encoding: Any, start: int, end: int) -> int | None:
+def first_token(encoding: Any, start: int, end: int) -> int | None:
     """The first token with a character at or after `start`; None if there is none before `end`.
 
     A normaliser may have removed characters, which then are in no token.
+
+    encoding: `tokenizers.Encoding`.
     """
     for at in range(start, end):
         token = encoding.char_to_token(at)

@@ -33,7 +33,8 @@ BUILT_IN: dict[str, dict[str, str]] = {
     "data": {
         "sft": "arctic_like.data.factory:SFTDataFactory",
         "causal": "arctic_like.data.factory:CausalDataFactory",
-        "dpo": "arctic_like.data.factory:DPODataFactory",
+        "dpo": "arctic_like.data.preference:DPODataFactory",
+        "kto": "arctic_like.data.preference:KTODataFactory",
         "torch": "arctic_like.data.any_torch:TorchDataFactory",
     },
     "source": {
@@ -60,6 +61,7 @@ BUILT_IN: dict[str, dict[str, str]] = {
     "optimizer": {
         "adamw": "arctic_like.optimizer.adam:AdamWFactory",
         "fused_adam": "arctic_like.optimizer.adam:FusedAdamFactory",
+        "fused_adam_moe": "arctic_like.optimizer.adam:FusedAdamMoEFactory",
         "cpu_adam": "arctic_like.optimizer.adam:CPUAdamFactory",
         "module.Class": "arctic_like.optimizer.dotted:DottedOptimizerFactory",
     },

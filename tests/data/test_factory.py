@@ -11,7 +11,6 @@ import pytest
 from arctic_like.data import encode, encoders
 from arctic_like.data.factory import (
     CausalDataFactory,
-    DPODataFactory,
     SFTDataFactory,
     tokenizer_key,
 )
@@ -360,13 +359,6 @@ def test_evaluation_keeps_a_slice_and_a_mapping(folder, tokenizer):
     sources = [{"name_or_path": f"{path}:[:3]", "split_mapping": mapping}]
     data = prepared(folder, tokenizer, eval_sources=sources, pack_samples=False)
     assert len(data.evaluation["eval"]) == 3
-
-
-def test_dpo_comes_later(folder, tokenizer):
-    config = DPODataFactory.config_type.model_validate({"max_prompt_length": "2Ki"})
-    assert config.max_prompt_length == 2048
-    with pytest.raises(RecipeError, match=r"data\.type: is 'dpo'"):
-        DPODataFactory(config).build(tokenizer=tokenizer)
 
 
 def test_light_to_import():

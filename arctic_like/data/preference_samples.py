@@ -1,0 +1,237 @@
+"""Documents of preferences → samples: what belongs together stays together.
+
+A *unit* is what one row became: the two documents of a pair, chosen first, or the one of an
+unpaired answer. Units are cut, dropped, held out and packed as wholes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from arctic_like.data import cache, packing
+from arctic_like.data.base import Sample
+from arctic_like.data.documents import Documents
+from arctic_like.data.order import key_of, permute
+from arctic_like.data.prepare import VERSION, Cut, Prepared, Store
+from arctic_like.data.samples import DocumentSamples, write_plan
+from arctic_like.errors import Problem, RecipeError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+_NAMED = 3
+
+
+class _PreferenceSamples(DocumentSamples):
+    """Samples with `segment_ids`: the number of the document within the sample."""
+
+    def __getitem__(self, index: int) -> Sample:
+        sample = super().__getitem__(index)
+        pieces = self._bounds(index)
+        numbers = np.arange(len(pieces), dtype=np.int64)
+        sample["segment_ids"] = np.repeat(numbers, self.pieces.length[pieces])
+        return sample
+
+
+class PairSamples(_PreferenceSamples):
+    """Samples of pairs: `segment_ids` is 2 · pair + (0 chosen | 1 rejected)."""
+
+    def sample_id(self, index: int) -> str:
+        """Places of the sample's first pairs: "train.jsonl:17, train.jsonl:4 … +5"."""
+        pairs = self._bounds(index)[::2]
+        named = []
+        for piece in pairs[:_NAMED]:
+            part, document = self._where(piece)
+            named.append(part.place(document))
+        more = len(pairs) - len(named)
+        return ", ".join(named) + (f" … +{more}" if more else "")
+
+
+class UnpairedSamples(_PreferenceSamples):
+    """Samples of judged answers: `desirable` is 1 or 0 at every token."""
+
+    def __getitem__(self, index: int) -> Sample:
+        sample = super().__getitem__(index)
+        pieces = self._bounds(index)
+        found = (self._where(piece) for piece in pieces)
+        labels = np.array([part.columns["desirable"][at] for part, at in found], dtype=np.int64)
+        sample["desirable"] = np.repeat(labels, self.pieces.length[pieces])
+        return sample
+
+
+def preference_samples(
+    entries: Sequence[Path],
+    cut: Cut,
+    *,
+    documents: int,
+    store: Store,
+    share: tuple[float, float] = (0.0, 1.0),
+) -> Prepared:
+    """The samples of a set of preferences.
+
+    documents: of a unit, 2 for pairs. Each document has at most `cut.max_length` tokens; a sample
+    holds one unit, or with packing as many as fit into `documents` times as many tokens. Its weight
+    is the number of its units. Under `truncate_left` both documents of a pair lose as much, and only
+    of their prompt; a unit that would lose its prompt or an answer is dropped
+    (`cut_to_nothing`). Raises RecipeError where a unit is too long under `error`.
+    """
+    parts = [Documents(entry) for entry in entries]
+    names = [entry.name for entry in entries]
+    key = cache.key_of([VERSION, "preferences", documents, names, repr(cut), list(share)])
+
+    def prepare(folder: Path) -> dict[str, Any]:
+        return _Plan(parts, cut, documents).write(folder, share)
+
+    entry = cache.obtain(
+        store.root / "samples", key, prepare, missing_ok=store.missing_ok, what="the packed data"
+    )
+    made = PairSamples if documents == 2 else UnpairedSamples
+    return Prepared(made(entry, parts), cache.facts(entry))
+
+
+class _Plan:
+    """Which units make up which sample. Arrays of units are (units, documents) int64."""
+
+    def __init__(self, parts: Sequence[Documents], cut: Cut, documents: int) -> None:
+        self.parts = parts
+        self.cut = cut
+        self.documents = documents
+        self.lengths = _joined([part.lengths for part in parts])
+        self.prompts = self._column("prompt")
+
+    def _column(self, name: str) -> NDArray[np.int64]:
+        return _joined([part.columns[name] for part in self.parts if len(part)])
+
+    def write(self, folder: Path, share: tuple[float, float]) -> dict[str, Any]:
+        units, facts = self._kept(self._share(share))
+        sizes = units.length.reshape(-1, self.documents).sum(axis=1)
+        capacity = self.documents * self.cut.max_length
+        if self.cut.pack:
+            order, bounds = packing.grouped(packing.best_fit(sizes, capacity=capacity))
+        else:
+            order, bounds = np.arange(len(sizes)), np.arange(len(sizes) + 1)
+        pieces = units.take(_members(order, self.documents))
+        first = np.arange(len(pieces)) % self.documents == 0
+        write_plan(folder, pieces, bounds * self.documents, first.astype(np.int64))
+        tokens, count = int(pieces.length.sum()), len(bounds) - 1
+        return {
+            **facts,
+            **self._labels(pieces),
+            "samples": count,
+            "tokens": tokens,
+            "trained_tokens": int(self._trained(pieces).sum()),
+            "fill_rate": tokens / (count * capacity) if count else 0.0,
+            "max_length": self.cut.max_length,
+        }
+
+    def _share(self, share: tuple[float, float]) -> NDArray[np.int64]:
+        """The units of a share, ascending; shares that touch have none in common."""
+        size = len(self.lengths) // self.documents
+        if share == (0.0, 1.0):
+            return np.arange(size, dtype=np.int64)
+        first, last = (round(bound * size) for bound in share)
+        return np.sort(permute(np.arange(first, last), size=size, key=key_of(self.cut.seed, 1)))
+
+    def _kept(self, units: NDArray[np.int64]) -> tuple[packing.Pieces, dict[str, int]]:
+        """(the documents of the units that stay, cut, in order; what became of the others)."""
+        pieces = packing.whole(self.lengths, _members(units, self.documents))
+        trained = self._each(self._trained(pieces) > 0)
+        pieces = pieces.take(np.repeat(trained, self.documents))
+        long = ~self._each(pieces.length <= self.cut.max_length)
+        if long.any() and self.cut.long_samples == "error":
+            raise self._too_long(pieces, long)
+        if self.cut.long_samples in ("truncate_left", "truncate_right"):
+            pieces, stays = self._truncated(pieces)
+        else:
+            stays = ~long
+        kept = pieces.take(np.repeat(stays, self.documents))
+        lost = int((long & ~stays).sum())
+        cut = self.cut.long_samples != "drop"
+        return kept, {
+            "documents": len(units),
+            "untrained": len(units) - len(trained.nonzero()[0]),
+            "long": int(long.sum()),
+            "cut_to_nothing": lost if cut else 0,
+            "truncated": int((long & stays).sum()) if cut else 0,
+            "dropped": len(units) - int(stays.sum()),
+        }
+
+    def _truncated(self, pieces: packing.Pieces) -> tuple[packing.Pieces, NDArray[np.bool_]]:
+        """(the pieces, at most `max_length` long; which units are still worth training)."""
+        most, count = self.cut.max_length, self.documents
+        excess = np.maximum(pieces.length - most, 0)
+        whole = self._each(excess == 0)
+        if self.cut.long_samples == "truncate_left":
+            # the prompt stays the same for both, and something of it must be left
+            start = np.repeat(excess.reshape(-1, count).max(axis=1), count)
+            stays = np.logical_or(self._each(start < self.prompts[pieces.document]), whole)
+            length = np.maximum(pieces.length - start, 1)
+            return packing.Pieces(pieces.document, start, length), stays
+        cut = packing.Pieces(pieces.document, pieces.start, np.minimum(pieces.length, most))
+        stays = self._each(self._trained(cut) > 0)
+        if count == 2:
+            for unit in np.flatnonzero(stays & ~whole):
+                chosen, rejected = (self._tokens(cut, 2 * int(unit) + one) for one in range(2))
+                stays[unit] = not np.array_equal(chosen, rejected)
+        return cut, stays
+
+    def _each(self, holds: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """For each unit whether something holds for each of its documents."""
+        every: NDArray[np.bool_] = np.all(holds.reshape(-1, self.documents), axis=1)
+        return every
+
+    def _tokens(self, pieces: packing.Pieces, piece: int) -> NDArray[np.int32]:
+        part, document = self._where(int(pieces.document[piece]))
+        begin = int(part.offsets[document] + pieces.start[piece])
+        return part.tokens[begin : begin + int(pieces.length[piece])]
+
+    def _where(self, document: int) -> tuple[Documents, int]:
+        for part in self.parts:
+            if document < len(part):
+                return part, document
+            document -= len(part)
+        raise IndexError(document)
+
+    def _trained(self, pieces: packing.Pieces) -> NDArray[np.int64]:
+        """Labels of each piece."""
+        counts = np.zeros(len(pieces), dtype=np.int64)
+        first = 0
+        for part in self.parts:
+            own = (pieces.document >= first) & (pieces.document < first + len(part))
+            mine = pieces.take(own)
+            counts[own] = part.trained_counts(mine.document - first, mine.start, mine.length)
+            first += len(part)
+        return counts
+
+    def _labels(self, pieces: packing.Pieces) -> dict[str, int]:
+        """How many pairs there are, or how many of the answers are wanted."""
+        if self.documents == 2:
+            return {"pairs": len(pieces) // 2}
+        wanted = int(self._column("desirable")[pieces.document].sum())
+        return {"desirable": wanted, "undesirable": len(pieces) - wanted}
+
+    def _too_long(self, pieces: packing.Pieces, long: NDArray[np.bool_]) -> RecipeError:
+        longest = int(np.argmax(pieces.length))
+        part, document = self._where(int(pieces.document[longest]))
+        what = "pairs" if self.documents == 2 else "answers"
+        return RecipeError(
+            Problem(
+                f"{int(long.sum()):,} {what} are longer than {self.cut.max_length:,} tokens, the "
+                f"longest ({part.place(document)}) has {int(pieces.length[longest]):,}",
+                place="data.max_length",
+                hint="raise it, or set data.long_samples: drop, truncate_left or truncate_right",
+            )
+        )
+
+
+def _members(units: NDArray[np.int64], documents: int) -> NDArray[np.int64]:
+    """The documents of units, unit after unit."""
+    return (units[:, None] * documents + np.arange(documents)).reshape(-1)
+
+
+def _joined(arrays: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
+    return np.concatenate([np.zeros(0, dtype=np.int64), *arrays])
