@@ -19,7 +19,7 @@ def command(recipe: str, overrides: tuple[str, ...], wants_dump: bool) -> int:
 
         loaded = load_recipe(recipe, overrides)
     show_problems(warnings(loaded.config), kind="warning")
-    refused = run_time_refusals(loaded.config)
+    refused = [*run_time_refusals(loaded.config), *getattr(loaded.trainer, "refuse", list)()]
     show_problems(refused, kind="warning")
     if wants_dump:
         click.echo(loaded.dump(), nl=False)

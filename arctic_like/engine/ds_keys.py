@@ -28,6 +28,7 @@ also null.
 """
 
 DTYPES = ("fp32", "fp16", "bf16", "float32", "float16", "bfloat16", "float", "half")
+AUTOCAST = (*DTYPES, "torch.float32", "torch.float16", "torch.bfloat16")
 COMMUNICATION = ("fp32", "fp16", "bf16")
 
 _FLAG = {"enabled": "flag"}
@@ -169,7 +170,7 @@ KEYS: dict[str, Kind] = {
     "zero_optimization": ZERO, "zero_allow_untested_optimizer": "flag",
     "zero_force_ds_cpu_optimizer": "flag",
     "bf16": BF16, "bfloat16": BF16, "fp16": FP16,
-    "torch_autocast": {"enabled": "flag", "dtype": DTYPES, "lower_precision_safe_modules": "texts"},
+    "torch_autocast": {"enabled": "flag", "dtype": AUTOCAST, "lower_precision_safe_modules": "texts"},
     "data_types": {
         "grad_accum_dtype": DTYPES, "param_dtype": DTYPES, "buffer_dtype": DTYPES,
         "keep_in_fp32_modules": "any",

@@ -23,7 +23,10 @@ if TYPE_CHECKING:
 class HFModelConfig(ModelConfig):
     """A model of transformers. Exactly one of `name_or_path` and `config` is given."""
 
-    not_yet = {"peft_config": "train all weights for now; leave peft_config out"}
+    not_yet = {
+        "peft_config": "train all weights for now; leave peft_config out",
+        "arch_variant": "name a model of the wanted shape, or give its shape in model.config",
+    }
     no_effect = {"save_name": "an export is named by its step: exports/step-N in the run"}
 
     type: str = "huggingface"
@@ -46,6 +49,9 @@ class HFModelConfig(ModelConfig):
 
     hf_config_kwargs: dict[str, Any] = Field(default_factory=dict)
     """Values that replace those of the model's config, such as `attention_dropout: 0.1`."""
+
+    arch_variant: str | None = None
+    """Another shape of the same model. Accepted in recipes, refused before a run."""
 
     peft_config: dict[str, Any] | None = None
     """Adapters. Accepted in recipes, refused before a run."""

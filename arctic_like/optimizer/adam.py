@@ -118,6 +118,13 @@ class FusedAdamFactory(OptimizerFactory):
         return FusedAdam(groups, **arguments, adam_w_mode=True)  # type: ignore[no-any-return]
 
 
+class FusedAdamMoEFactory(FusedAdamFactory):
+    """`fused_adam` by the name that ArcticTraining's recipes of experts use: here every rank holds
+    all experts, which need no groups of their own."""
+
+    name = "fused_adam_moe"
+
+
 class CPUAdamFactory(OptimizerFactory):
     """DeepSpeed's Adam on the CPU, for offloaded states."""
 

@@ -46,7 +46,8 @@ class HFSchedulerConfig(SchedulerConfig):
 
     @model_validator(mode="after")
     def _usable(self) -> Self:
-        if self.name == "constant" and (self.warmup_steps or self.given("warmup_ratio")):
+        stated = self.warmup_steps or (self.given("warmup_ratio") and self.warmup_ratio)
+        if self.name == "constant" and stated:
             raise wrong(
                 "is 'constant', which has no warm-up",
                 place="name",

@@ -123,6 +123,7 @@ class TrainerConfig(PartConfig):
     not_yet: ClassVar[dict[str, str]] = {
         "sequence_parallel_size": "train on shorter sequences, or use ZeRO stage 3 and offload",
         "expert_parallel_size": "every rank holds all experts; ZeRO stage 3 partitions them",
+        "arctic_moe": "the model's own code computes its experts; leave it out",
         "tiled_mlp_compute": "activation checkpointing (on by default) saves most of that memory",
         "activation_checkpoint_cpu_offload": (
             "activation checkpointing (on by default) recomputes instead of keeping them"
@@ -271,6 +272,9 @@ class TrainerConfig(PartConfig):
 
     expert_parallel_size: Annotated[HumanInt, Field(ge=1)] = 1
     """Ranks that share a layer's experts."""
+
+    arctic_moe: bool | Literal["auto"] = False
+    """Compute experts with ArcticTraining's own layers."""
 
     tiled_mlp_compute: bool = False
     """Compute MLPs piece by piece to save memory."""

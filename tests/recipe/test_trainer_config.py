@@ -14,6 +14,7 @@ eval_log_iter_interval loss_log_interval train_log_iter_interval train_log_metri
 exit_iteration exit_iteration_this_run min_iterations overfit_first_batch kill_switch_path
 mem_profiler mem_profiler_dir mem_profiler_max_entries activation_checkpoint_cpu_offload
 tiled_mlp_compute deepspeed model tokenizer data optimizer scheduler checkpoint logger wandb
+arctic_moe
 """
 OURS = """
 output_dir overwrite device deterministic global_batch_size eval_at_start eval_at_end
