@@ -67,6 +67,7 @@ class Exporter(Part, family="exporter"):
                 f"{type(error).__name__}: {error}\n    the training itself is complete; its "
                 "checkpoints are not touched"
             ) from error
+        partial.chmod(0o666 & ~_umask())  # some writers make files for their owner alone
         sync(partial)
         partial.rename(path)
         sync(folder)
@@ -130,6 +131,7 @@ class ONNXExporter(Exporter):
     def write(self, module: nn.Module, path: Path, example: tuple[Any, ...]) -> None:
         import contextlib
         import io
+        import logging
 
         import torch
 
@@ -137,6 +139,7 @@ class ONNXExporter(Exporter):
         shapes = tuple(
             {0: rows} if hasattr(value, "ndim") and value.ndim else None for value in example
         )
+        logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # names what torchvision would add
         with contextlib.redirect_stdout(io.StringIO()):  # it reports its progress
             program = torch.onnx.export(
                 module, example, dynamo=True, opset_version=self.config.opset,
@@ -211,6 +214,14 @@ def _skeleton(module: nn.Module) -> nn.Module:
             if hooks:
                 memo[id(hooks)] = type(hooks)()
     return copy.deepcopy(module, memo)
+
+
+def _umask() -> int:
+    import os
+
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def _is_main() -> bool:

@@ -20,7 +20,7 @@ def show_end(trainer: Trainer, result: Result) -> None:
     show_summary(
         rows=summary_rows(trainer),
         run_directory=result.output_dir,
-        next_commands=next_commands(result),
+        next_commands=next_commands(result, speaks=trainer.tokenizer is not None),
     )
 
 
@@ -44,11 +44,13 @@ def summary_rows(trainer: Trainer) -> list[SummaryRow]:
     return rows
 
 
-def next_commands(result: Result) -> list[str]:
-    """What a user would want to do with this run."""
+def next_commands(result: Result, *, speaks: bool = True) -> list[str]:
+    """What a user would want to do with this run. speaks: whether it is a language model."""
     run = shlex.quote(_shortest(result.output_dir))
     if result.stop_reason != "finished":
         return [f"arctic-train resume {run}"] if result.checkpoint else []
+    if not speaks:
+        return []
     if result.exports:
         return [f"arctic-train chat {run}"]
     if result.checkpoint:
