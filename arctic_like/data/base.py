@@ -167,8 +167,11 @@ class SourceConfig(PartConfig):
 
     @property
     def title(self) -> str:
-        """The source's name in reports and metrics."""
-        return self.label or self.name_or_path or self.type
+        """The source's name in reports and metrics; of a path its last part."""
+        name = self.name_or_path
+        if name.startswith(("/", "./", "../", "~")) or "://" in name:
+            name = name.rstrip("/").rpartition("/")[2]
+        return self.label or name or self.type
 
     @property
     def tokenised(self) -> bool:
@@ -365,6 +368,58 @@ class DataConfig(PartConfig):
             raise wrong("and train_on are both given", place="mask_inputs", hint="keep train_on")
         return self
 
+    @model_validator(mode="after")
+    def _mixed_one_way(self) -> DataConfig:
+        weighted = [source.weight is not None for source in self.sources]
+        if any(weighted) and not all(weighted):
+            raise wrong(
+                "has no weight, but other sources have one",
+                place=f"sources.{weighted.index(False)}",
+                hint="give a weight to every source, or to none",
+            )
+        for key in ("mix_by", "mix_until"):
+            if self.given(key) and not any(weighted):
+                raise wrong(
+                    "says how weights are meant, but no source has one",
+                    place=key,
+                    hint="give each source a weight, or leave it out",
+                )
+        for name, sources in self.eval_sources.items():
+            for number, source in enumerate(sources):
+                if source.weight is not None or source.repeat != 1:
+                    raise wrong(
+                        "has a weight or a repeat, but an evaluation reads every sample once",
+                        place=f"eval_sources.{name}.{number}",
+                        hint="leave it out, or make it a set of its own",
+                    )
+        return self
+
+    @model_validator(mode="after")
+    def _streamed_one_way(self) -> DataConfig:
+        if not self.streaming:
+            return self
+        unknown = "needs the whole set, which streaming never has"
+        for key, stated, hint in (
+            ("train_eval_split", self.train_eval_split[1] > 0, "name eval_sources"),
+            ("group_by_length", self.group_by_length, "set max_tokens_per_batch"),
+            ("mix_until", self.given("mix_until"), "leave it out: a stream has no epochs"),
+            ("drop_last", self.drop_last, "leave it out: a stream has no epochs"),
+            ("fail_on_missing_cache", self.fail_on_missing_cache, "leave it out"),
+        ):
+            if stated:
+                raise wrong(unknown, place=key, hint=hint)
+        for number, source in enumerate(self.sources):
+            drawn = source.sample_ratio is not None or source.sample_count is not None
+            if drawn or source.repeat != 1:
+                key = "repeat" if source.repeat != 1 else "sample_ratio"
+                key = "sample_count" if source.sample_count is not None else key
+                raise wrong(
+                    unknown,
+                    place=f"sources.{number}.{key}",
+                    hint="give every source a weight, or read a slice: name:train[:1000]",
+                )
+        return self
+
     @property
     def trained_turns(self) -> TrainOn:
         """`train_on`, also where the recipe says it by `mask_inputs`."""
@@ -476,7 +531,8 @@ class PreparedData:
     evaluation: name → set, in the recipe's order. facts: numbers about the training set (`samples`,
     `documents`, `tokens`, `trained_tokens`, `dropped`, `truncated`, `fill_rate`, `max_length`),
     which other parts may ask for by name. test: as `evaluation`, measured by the test stage. plan: global batch size
-    → the order of the training samples, where it is not the seeded one over the whole set. collate: samples → `input_ids`, `labels`, `position_ids`,
+    → the order of the training samples, where it is not the seeded one over the whole set. sources: the
+    training sources' titles, which a sample's `source_ids` count. collate: samples → `input_ids`, `labels`, `position_ids`,
     each (micro_batch, length) int64. report: lines for the console: what was read, cut and packed.
     """
 
@@ -487,6 +543,7 @@ class PreparedData:
     report: str = ""
     test: dict[str, SampleSet] = field(default_factory=dict)
     plan: Callable[[int], Plan] | None = None
+    sources: tuple[str, ...] = ()
 
 
 class DataFactory(Part, family="data"):

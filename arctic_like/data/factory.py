@@ -3,8 +3,9 @@ have in common."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from arctic_like.data.base import (
     DataConfig,
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from arctic_like.data.encode import Encoder
+    from arctic_like.data.mix import Mixture
+    from arctic_like.data.order import Plan
     from arctic_like.data.prepare import Cut, Prepared, Store
     from arctic_like.world import World
 
@@ -68,6 +71,7 @@ class TokenDataFactory(DataFactory):
     ) -> PreparedData:
         from arctic_like.data import cache
         from arctic_like.data.collate import PaddingCollate
+        from arctic_like.data.mix import titles
         from arctic_like.data.prepare import Cut, Store, documents
         from arctic_like.data.report import report
 
@@ -101,17 +105,68 @@ class TokenDataFactory(DataFactory):
             _refuse_empty(name, one, self._described(name))
         train = sets.pop("train", None)
         evaluation: dict[str, SampleSet] = {name: one.samples for name, one in sets.items()}
+        mix = self._mixture(train)
         return PreparedData(
-            train=train.samples if train else None,
+            train=self._sourced(train.samples) if train else None,
             evaluation=evaluation,
+            plan=self._plan(train.samples, mix, cut.seed) if train else None,
+            sources=titles(config.sources),
             collate=PaddingCollate(
                 pad_token_id=int(tokenizer.pad_token_id or 0),
                 multiple=config.div_length,
                 at_most=max_length,
                 fixed=config.pad_to == "max_length",
             ),
-            facts=dict(train.facts) if train else {},
-            report=report({**({"train": train} if train else {}), **sets}, cut),
+            facts={**(train.facts if train else {}), **({"mix": mix.facts()} if mix else {})},
+            report="\n".join(
+                [report({**({"train": train} if train else {}), **sets}, cut)]
+                + ([mix.report()] if mix else [])
+            ),
+        )
+
+    def _mixture(self, train: Prepared | None) -> Mixture | None:
+        from arctic_like.data.mix import is_mixed, mixture
+
+        if train is None or not is_mixed(self.config.sources):
+            return None
+        return mixture(self.config, cast("Any", train.samples).sets)
+
+    def _sourced(self, samples: SampleSet) -> SampleSet:
+        """The training samples, with their sources where those are to be told apart."""
+        from arctic_like.data.mix import with_sources
+
+        count, wanted = len(self.config.sources), self.config.source_metrics
+        return with_sources(samples, count) if (count > 1 if wanted is None else wanted) else samples
+
+    def _plan(
+        self, samples: SampleSet, mix: Mixture | None, seed: int
+    ) -> Callable[[int], Plan]:
+        """Global batch size → the order of the training samples."""
+        from arctic_like.data.order import BatchPlan, GroupedPlan
+
+        drop_last, grouped = self.config.drop_last, self.config.group_by_length
+
+        def plan(size: int) -> Plan:
+            whole: Plan = (
+                mix.plan(size, seed=seed, drop_last=drop_last)
+                if mix
+                else BatchPlan(len(samples), size, seed, drop_last=drop_last)
+            )
+            return GroupedPlan(whole, samples.lengths, seed) if grouped else whole
+
+        return plan
+
+    def _set(
+        self, entries: list[Path], cut: Cut, store: Store, share: tuple[float, float]
+    ) -> Prepared:
+        """The samples of the training sources: packed across them, or where they are mixed each by
+        itself, one after another. A share is then of each."""
+        from arctic_like.data.mix import is_mixed, joined
+
+        if not is_mixed(self.config.sources):
+            return self.samples(entries, cut, store=store, share=share)
+        return joined(
+            [self.samples([entry], cut, store=store, share=share) for entry in entries]
         )
 
     def samples(
@@ -139,9 +194,9 @@ class TokenDataFactory(DataFactory):
         if config.sources:
             trained = entries(config.sources)
             share = config.train_eval_split[0]
-            sets["train"] = self.samples(trained, cut, store=store, share=(0.0, share))
+            sets["train"] = self._set(trained, cut, store, (0.0, share))
             if share < 1:
-                sets["eval"] = self.samples(trained, cut, store=store, share=(share, 1.0))
+                sets["eval"] = self._set(trained, cut, store, (share, 1.0))
         for name, sources in config.eval_sources.items():
             found = entries([_for_evaluation(source) for source in sources])
             sets[name] = self.samples(found, cut, store=store)
