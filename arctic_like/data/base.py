@@ -530,10 +530,12 @@ class PreparedData:
 
     evaluation: name → set, in the recipe's order. facts: numbers about the training set (`samples`,
     `documents`, `tokens`, `trained_tokens`, `dropped`, `truncated`, `fill_rate`, `max_length`),
-    which other parts may ask for by name. test: as `evaluation`, measured by the test stage. plan: global batch size
-    → the order of the training samples, where it is not the seeded one over the whole set. sources: the
-    training sources' titles, which a sample's `source_ids` count. collate: samples → `input_ids`, `labels`, `position_ids`,
-    each (micro_batch, length) int64. report: lines for the console: what was read, cut and packed.
+    which other parts may ask for by name. test: as `evaluation`, measured by the test stage. plan:
+    global batch size → the order of the training samples, where it is not the seeded one over the
+    whole set. sources: the training sources' titles, which a sample's `source_ids` count. collate:
+    samples → `input_ids`, `labels`, `position_ids` and what else they hold, each (micro_batch, length)
+    int64; where it has `padded`, that gives the length of a batch by its longest sample. report:
+    lines for the console: what was read, cut and packed.
     """
 
     train: SampleSet | None

@@ -136,11 +136,11 @@ class TokenDataFactory(DataFactory):
         from arctic_like.data.mix import with_sources
 
         count, wanted = len(self.config.sources), self.config.source_metrics
-        return with_sources(samples, count) if (count > 1 if wanted is None else wanted) else samples
+        return (
+            with_sources(samples, count) if (count > 1 if wanted is None else wanted) else samples
+        )
 
-    def _plan(
-        self, samples: SampleSet, mix: Mixture | None, seed: int
-    ) -> Callable[[int], Plan]:
+    def _plan(self, samples: SampleSet, mix: Mixture | None, seed: int) -> Callable[[int], Plan]:
         """Global batch size → the order of the training samples."""
         from arctic_like.data.order import BatchPlan, GroupedPlan
 
@@ -165,9 +165,7 @@ class TokenDataFactory(DataFactory):
 
         if not is_mixed(self.config.sources):
             return self.samples(entries, cut, store=store, share=share)
-        return joined(
-            [self.samples([entry], cut, store=store, share=share) for entry in entries]
-        )
+        return joined([self.samples([entry], cut, store=store, share=share) for entry in entries])
 
     def samples(
         self,
