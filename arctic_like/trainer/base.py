@@ -653,6 +653,11 @@ class Trainer(Part, Moments, Surface, family="trainer"):
             "step_time": seconds,
             "tokens_per_second": means.weight / max(seconds * steps, 1e-9),
             **means.values,
+            **{
+                f"tokens/{name.removeprefix('loss/')}": int(count)
+                for name, count in means.weights.items()
+                if name.startswith("loss/")
+            },
         }
         self._last_line = self.global_step
         self.emit("on_log", line)

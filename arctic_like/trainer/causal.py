@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from arctic_like.loss import Loss
 from arctic_like.trainer.base import Trainer
 from arctic_like.trainer.config import TrainerConfig
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from arctic_like.loss import Loss
 
 
 class CausalConfig(TrainerConfig):
@@ -28,10 +27,18 @@ class CausalTrainer(Trainer):
     data_factory_type: ClassVar[Any] = ("causal", "sft")
 
     def loss(self, batch: dict[str, Tensor]) -> Tensor | Loss:
-        """Mean over `weight(batch)` trained labels of -log p(next token)."""
-        from arctic_like.trainer.losses import next_token_loss
+        """Mean over `weight(batch)` trained labels of -log p(next token); where the batch says which
+        source each token is from, also each source's own (`loss/<source>`)."""
+        from arctic_like.trainer.losses import mean_loss, source_losses, token_losses
 
-        return next_token_loss(self.logits(batch), batch["labels"])
+        labels, source_ids = batch["labels"], batch.get("source_ids")
+        losses = token_losses(self.logits(batch), labels)
+        mean = mean_loss(losses, labels)
+        if source_ids is None:
+            return mean
+        sources = self.equipment.data.sources
+        groups = source_losses(losses, labels, source_ids, sources)
+        return Loss(mean, groups={f"loss/{name}": pair for name, pair in groups.items()})
 
     def logits(self, batch: dict[str, Tensor]) -> Tensor:
         """The model's logits of a batch, (batch, length, vocabulary), in the model's dtype.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -43,16 +43,48 @@ def rows_of(batch: Any) -> int:
     )
 
 
-def next_token_loss(logits: Tensor, labels: Tensor, *, ignore: int = IGNORE) -> Tensor:
-    """Mean cross-entropy of predicting `labels[:, i + 1]` from `logits[:, i]`, in float32.
+def token_losses(logits: Tensor, labels: Tensor, *, ignore: int = IGNORE) -> Tensor:
+    """Cross-entropy of predicting `labels[:, i + 1]` from `logits[:, i]`; 0 where it is not trained.
 
-    logits: (batch, length, vocabulary), any float dtype; labels: (batch, length) int64.
-    The mean is over trained labels; over none of them it is 0 with zero gradient, not NaN.
+    logits: (batch, length, vocabulary), any float dtype; labels: (batch, length) int64. Returns
+    (batch, length - 1) float32.
     """
     import torch.nn.functional as F
 
-    targets = labels[:, 1:].flatten()
-    total = F.cross_entropy(
-        logits[:, :-1].flatten(0, 1).float(), targets, ignore_index=ignore, reduction="sum"
-    )
-    return total / (targets != ignore).sum().clamp(min=1)
+    targets = labels[:, 1:]
+    losses = F.cross_entropy(
+        logits[:, :-1].flatten(0, 1).float(), targets.flatten(), ignore_index=ignore,
+        reduction="none",
+    )  # fmt: skip
+    return losses.view(targets.shape)
+
+
+def mean_loss(losses: Tensor, labels: Tensor, *, ignore: int = IGNORE) -> Tensor:
+    """The mean of `token_losses` over trained labels; over none of them 0 with zero gradient, not
+    NaN."""
+    return losses.sum() / (labels[:, 1:] != ignore).sum().clamp(min=1)
+
+
+def next_token_loss(logits: Tensor, labels: Tensor, *, ignore: int = IGNORE) -> Tensor:
+    """Mean cross-entropy of the next token over trained labels (`token_losses`, `mean_loss`)."""
+    return mean_loss(token_losses(logits, labels, ignore=ignore), labels, ignore=ignore)
+
+
+def source_losses(
+    losses: Tensor, labels: Tensor, source_ids: Tensor, sources: Sequence[str], *,
+    ignore: int = IGNORE,
+) -> dict[str, tuple[Tensor, Tensor]]:  # fmt: skip
+    """Source → (sum of its tokens' losses, how many are trained), float64 scalars without gradient.
+
+    losses: of `token_losses`. labels, source_ids: (batch, length) int64; a label's source is that of
+    its own token. Every source is in it, so that all ranks have the same names. No synchronisation.
+    """
+    import torch
+
+    trained = labels[:, 1:] != ignore
+    # what is not trained, padding with its -1 too, goes into a bin of its own
+    bins = torch.where(trained, source_ids[:, 1:], len(sources)).flatten()
+    empty = torch.zeros(len(sources) + 1, dtype=torch.float64, device=losses.device)
+    sums = empty.index_add(0, bins, losses.detach().double().flatten())
+    counts = empty.index_add(0, bins, trained.double().flatten())
+    return {name: (sums[number], counts[number]) for number, name in enumerate(sources)}
