@@ -37,21 +37,22 @@ class DataFile:
 
     @property
     def name(self) -> str:
-        """Its last part, for places: "train.jsonl"."""
-        return self.location.rstrip("/").rsplit("/", 1)[-1]
+        """Its last part, for places: "train.jsonl"; of a URL without what follows a `?`."""
+        path = self.location.partition("?")[0] if is_url(self.location) else self.location
+        return path.rstrip("/").rsplit("/", 1)[-1]
 
     @property
     def suffix(self) -> str:
         """What says its format: `.jsonl` of `train.jsonl.gz`."""
-        path = Path(self.name.partition("?")[0] if is_url(self.location) else self.name)
+        path = Path(self.name)
         inner = path.with_suffix("") if path.suffix.lower() in COMPRESSED else path
         return inner.suffix.lower()
 
     @property
     def compression(self) -> str:
         """`.gz`, `.bz2`, `.xz`, `.zst`, or nothing."""
-        last = Path(self.name.partition("?")[0] if is_url(self.location) else self.name).suffix
-        return last.lower() if last.lower() in COMPRESSED else ""
+        last = Path(self.name).suffix.lower()
+        return last if last in COMPRESSED else ""
 
     @property
     def local(self) -> Path | None:

@@ -69,6 +69,9 @@ class PythonSource(DataSource):
                 Problem(f"is {self.config.name_or_path!r}, not the name of a function",
                         place="name_or_path", hint="write module:function, or file.py:function")
             )  # fmt: skip
+        if home and not home.endswith(".py"):
+            # a package beside the recipe looks like a path, which was made absolute
+            home = Path(home).name
         return home, name
 
     def _given(self) -> Iterable[Any]:
@@ -125,20 +128,27 @@ def _imported(name: str) -> Any:
 
 
 def _from_file(path: Path) -> Any:
-    """The module of a file; imported once, under a name that no other file has."""
+    """The module of a file, under a name that no other file has; imported again where it changed."""
     import hashlib
+    from types import ModuleType
 
     path = path.expanduser().resolve()
+    try:
+        source = path.read_bytes()
+    except OSError as error:
+        raise RecipeError(
+            Problem(f"cannot be read: {error.strerror}", file=str(path), hint="check the path")
+        ) from None
     name = f"arctic_rows_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
-    if name in sys.modules:
-        return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None or not path.is_file():
-        raise RecipeError(Problem("is no Python file", file=str(path), hint="check the path"))
-    module = importlib.util.module_from_spec(spec)
+    known = sys.modules.get(name)
+    if known is not None and known.__dict__["__source__"] == source:
+        return known
+    module = ModuleType(name)
+    module.__dict__.update(__source__=source, __file__=str(path))
     sys.modules[name] = module
     try:
-        spec.loader.exec_module(module)
+        # compiled here, not by a loader: no __pycache__ is written beside the recipe
+        exec(compile(source, str(path), "exec"), module.__dict__)
     except BaseException:
         del sys.modules[name]
         raise

@@ -68,6 +68,13 @@ def test_functions_and_classes(code: Path) -> None:
     assert list(one.rows_from(followed[0][0])) == followed[1:]
 
 
+def test_a_file_that_changed_is_imported_again(code: Path) -> None:
+    assert len(texts(source("python", f"{code}:rows"))) == 3
+    code.write_text(CODE.replace("count=3", "count=4"))
+    assert len(texts(source("python", f"{code}:rows"))) == 4
+    assert not list(code.parent.glob("__pycache__"))
+
+
 def test_functions_of_modules_and_of_the_recipe(
     code: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -96,7 +103,7 @@ def test_functions_of_modules_and_of_the_recipe(
         ("{code}:nothing", {}, "gives null, not rows"),
         ("{code}:a b", {}, "not the name of a function"),
         ("no_such_module_for_tests:rows", {}, "cannot be imported"),
-        ("{code}x.py:rows", {}, "is no Python file"),
+        ("{code}x.py:rows", {}, "cannot be read: No such file"),
     ],
 )
 def test_functions_that_cannot_be_used(
