@@ -17,6 +17,8 @@ from arctic_like.errors import INTERRUPTED, WRONG, ArcticError
 VERBS = {
     "resume": ("arctic_like.cli.train:resume", "Go on with the run in a directory."),
     "validate": ("arctic_like.cli.validate:command", "Check a recipe without running it."),
+    "preprocess": ("arctic_like.cli.preprocess:command", "Prepare a recipe's data before a run."),
+    "cache": ("arctic_like.cli.cache:command", "List and remove prepared data."),
     "init": ("arctic_like.cli.init:command", "Print a commented recipe to start from."),
     "list": ("arctic_like.cli.listing:command", "List what a recipe can name by `type:`."),
     "schema": ("arctic_like.cli.schema:command", "Print the JSON Schema of recipes, for editors."),

@@ -91,7 +91,7 @@ def obtain(
     if not missing_ok:
         raise RecipeError(
             f"data.fail_on_missing_cache: {what} is not in the cache ({entry}); "
-            "prepare it with fail_on_missing_cache: false"
+            "arctic-train preprocess RECIPE prepares it"
         )
     folder.mkdir(parents=True, exist_ok=True)
     started = time.time()
