@@ -63,7 +63,7 @@ def draws(
         parts = [p * n / t for p, n, t in zip(parts, sizes, tokens, strict=True)]
     shares = [part / sum(parts) for part in parts]
     lengths = [wanted / share for wanted, share in zip(passes, shares, strict=True)]
-    total = -int(-max(lengths) // 1) if until_all else int(min(lengths))
+    total = -int(-max(lengths) // 1) if until_all else max(1, int(min(lengths)))
     return _apportioned(total, shares)
 
 
