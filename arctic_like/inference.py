@@ -7,13 +7,12 @@ runs/x/exports/step-12, any other Hugging Face folder
 
 from __future__ import annotations
 
-import contextlib
-import io
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from arctic_like.checkpoint.layout import ENGINE, RUN_STATE, complete_checkpoints, marker, step_of
+from arctic_like.checkpoint.layout import RUN_STATE, complete_checkpoints, marker, step_of
+from arctic_like.checkpoint.reading import read_weights
 from arctic_like.errors import CheckpointError, Problem, RecipeError
 
 if TYPE_CHECKING:
@@ -142,28 +141,6 @@ def _from_checkpoint(found: Found) -> tuple[PreTrainedModel, PreTrainedTokenizer
     weights = read_weights(found.folder)
     _fill(model, weights, folder=found.folder)
     return model, tokenizer
-
-
-def read_weights(checkpoint: Path, *, tag: str = ENGINE) -> dict[str, Tensor]:
-    """All weights of a `deepspeed` checkpoint on the CPU: as trained, or in fp32 from ZeRO-3.
-
-    At ZeRO 0 to 2 one file has them whole; the shards of ZeRO-3 are put together from the fp32
-    master weights, of which the trained ones are the rounding. Raises CheckpointError.
-    """
-    import torch
-
-    whole = checkpoint / tag / "mp_rank_00_model_states.pt"
-    try:
-        if whole.is_file():
-            content = torch.load(whole, map_location="cpu", weights_only=True)
-            return dict(content["module"])
-        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
-        # It prints its progress.
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            return dict(get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), tag=tag))
-    except Exception as error:  # torch and deepspeed raise whatever their formats make them
-        raise CheckpointError(f"the weights in {checkpoint} cannot be read: {error}") from error
 
 
 def _fill(model: PreTrainedModel, weights: dict[str, Tensor], *, folder: Path) -> None:

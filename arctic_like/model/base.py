@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from arctic_like.config.base import PartConfig
 from arctic_like.config.values import DType, NameOrPath
+from arctic_like.model.transplant import WeightsFromConfig
 from arctic_like.registry import Part
 
 if TYPE_CHECKING:
@@ -27,6 +28,10 @@ class ModelConfig(PartConfig):
 
     dtype: DType = "bf16"
     """The weights' dtype in training: `bf16`, `fp32` or `fp16`. The same on CPU and GPU."""
+
+    weights_from: WeightsFromConfig | None = None
+    """Weights to begin with from another run or file, by name and shape; the others stay as the
+    model has them. What was taken and what was not is reported."""
 
 
 @dataclass(frozen=True)

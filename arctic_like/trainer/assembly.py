@@ -15,6 +15,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from arctic_like.callbacks.base import CallbackList
+from arctic_like.checkpoint.exporters import Exporter, check_exporters
 from arctic_like.errors import Problem, RecipeError
 from arctic_like.metrics.ledger import Ledger
 from arctic_like.registry import build
@@ -25,6 +26,7 @@ from arctic_like.trainer.learner import Learner
 from arctic_like.trainer.measured import check_measured
 from arctic_like.trainer.preparation import build_data, build_tokenizer
 from arctic_like.trainer.surface import MAIN
+from arctic_like.trainer.transplant import transplant
 from arctic_like.world import World
 
 if TYPE_CHECKING:
@@ -87,6 +89,7 @@ class Equipment:
     callbacks: CallbackList
     recorder: Recorder
     saver: Saver
+    exporters: list[Exporter] = field(default_factory=list)
 
     def evaluation_batches(self) -> Iterator[tuple[str, Iterator[MicroBatch]]]:
         """Every evaluation set with this rank's micro-batches of it."""
@@ -152,6 +155,8 @@ def assemble(trainer: Trainer, session: Session) -> Equipment:
         )
         for name, part in learner_configs(config).items()
     }
+    exporters = [build(one, "exporter") for one in config.exporters]
+    check_exporters(exporters, list(learners))
     _prove_isolation(config, learners[MAIN].engine.module, info)
     _start_generators(config, world)
     return Equipment(
@@ -160,7 +165,7 @@ def assemble(trainer: Trainer, session: Session) -> Equipment:
         step_ledger=Ledger(device=world.device, host=session.host),
         epoch_ledger=Ledger(device=world.device, host=session.host),
         callbacks=callbacks, recorder=Recorder(session, config, info),
-        saver=Saver(session, config, info),
+        saver=Saver(session, config, info), exporters=exporters,
     )  # fmt: skip
 
 
@@ -311,9 +316,14 @@ def _learner(
             model_part.build, info, tokenizer=tokenizer, ds_config=ds_config, learner=name,
             zero_stage=_stage(ds_config),
         )  # fmt: skip
-    if getattr(part, "frozen", False):
+    begin = (
+        getattr(part.model, "weights_from", None) if resumed is None or _is_frozen(part) else None
+    )
+    if _is_frozen(part):
         with notice.part(f"{prefix}engine"):
-            return Learner(Engine(module, optimizer=None, config=ds_config), config=part)
+            engine = Engine(module, optimizer=None, config=ds_config)
+            transplant(engine, begin)
+            return Learner(engine, config=part)
     optimizer_part = build(part.optimizer, "optimizer")
     with notice.part(f"{prefix}optimizer"):
         optimizer = supply(
@@ -324,6 +334,7 @@ def _learner(
             logger.warning(sentence)
     with notice.part(f"{prefix}engine"):
         engine = Engine(module, optimizer=optimizer, config=ds_config)
+        transplant(engine, begin)
         engine.engine.train()
         modes = OptimizerModes(engine)
     with notice.part(f"{prefix}scheduler"):
@@ -333,6 +344,10 @@ def _learner(
             monitored=monitor.metric, direction=monitor.direction,
         )  # fmt: skip
     return Learner(engine, optimizer, schedules, part, modes)
+
+
+def _is_frozen(part: Any) -> bool:
+    return bool(getattr(part, "frozen", False))
 
 
 def _prove_isolation(config: Any, module: nn.Module, info: RunInfo) -> None:

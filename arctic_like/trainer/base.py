@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from arctic_like.data.loader import StepBatch
+    from arctic_like.engine.surgery import Rows
     from arctic_like.trainer.assembly import Equipment, Session
 
 STOP_REASONS = ("interrupt", "terminate", "kill_switch", "callback")
@@ -97,6 +98,8 @@ class Trainer(Part, Moments, Surface, family="trainer"):
         """The global batch of the step under way, or of the last one."""
         self.updating = MAIN
         """The learner that is being updated."""
+        self.samples: list[int] = []
+        """Numbers of the micro-batch's samples in their set, a row each."""
         self.evaluation_values: dict[str, Any] = {}
         """What the last evaluation measured that is no single number: name → tensor."""
         self._stream: Iterator[StepBatch] | None = None
@@ -210,6 +213,8 @@ class Trainer(Part, Moments, Surface, family="trainer"):
         self._finish()
         for learner in self.learners.values():
             learner.finish_training()
+        if not self.progress.stopped:
+            self.export()
         self.emit("on_train_end")
         if self.config.test_at_end and not self.progress.stopped:
             self.test()
@@ -261,7 +266,7 @@ class Trainer(Part, Moments, Surface, family="trainer"):
             while True:
                 losses = []
                 for index, micro in enumerate(micro_batches):
-                    self.session.micro_batch = index
+                    self.session.micro_batch, self.samples = index, micro.samples
                     batch = self.to_device(micro.data)
                     self.emit("on_micro_batch_start", batch)
                     found = self.checked_loss(compute(batch), micro.weight)
@@ -334,6 +339,37 @@ class Trainer(Part, Moments, Surface, family="trainer"):
         fail_if_not_finite_so_far(self)
         self.equipment.saver.save(self)
         self._last_save = self.global_step
+
+    def export(self) -> None:
+        """Write the trained models with the recipe's exporters. Collective."""
+        from arctic_like.checkpoint.exporters import whole_copy
+
+        error: BaseException | None = None
+        for exporter in self.equipment.exporters:
+            with whole_copy(self.get_module(exporter.config.learner)) as module:
+                if module is None or error is not None:
+                    continue
+                folder = self.session.directory.path / "exports"
+                try:
+                    example = self.example_inputs() if exporter.needs_example else ()
+                    self.equipment.saver.exports.append(exporter.export(module, folder, example))
+                except BaseException as problem:
+                    error = problem
+        if self.equipment.exporters:
+            self.session.host.raise_together(error)
+
+    def example_inputs(self) -> tuple[Any, ...]:
+        """One row of what the main model is called with, on the CPU, for exporters that trace it."""
+        samples = self.equipment.data.train or next(iter(self.equipment.data.test.values()))
+        batch = self.equipment.data.collate([samples[0], samples[0]])
+        inputs = self.model_arguments(batch)
+        return tuple(value.float() if value.is_floating_point() else value for value in inputs)
+
+    def model_arguments(self, batch: Any) -> tuple[Any, ...]:
+        """What the main model is called with for a batch, as positional arguments."""
+        raise NotImplementedError(
+            f"{type(self).__name__} does not write model_arguments(self, batch), which an exporter asks for"
+        )
 
     # Helpers for subclasses and callbacks ---------------------------------------------------------
 
@@ -420,6 +456,11 @@ class Trainer(Part, Moments, Surface, family="trainer"):
         """Replace full gradients by name; the others stay. The same on all ranks. Collective."""
         self.learner(learner).engine.set_gradients(values)
 
+    def resize(self, rows: Mapping[str, Rows], learner: str = MAIN) -> None:
+        """Grow and prune rows of parameters together with their optimizer state, at every ZeRO stage
+        (`engine/surgery.py`). The same on all ranks. Collective."""
+        self.learner(learner).engine.resize(rows)
+
     def get_extra_state(self) -> dict[str, Any]:
         """What a subclass wants back after a resume, beside models and counters: plain types and tensors."""
         return {}
@@ -429,12 +470,16 @@ class Trainer(Part, Moments, Surface, family="trainer"):
 
     def state_dict(self) -> dict[str, Any]:
         """The whole training state in memory: models, optimizers, schedulers, counters, generators,
-        callbacks, objects. Collective; full tensors on every rank, so for models that fit."""
-        return self.equipment.saver.whole_state(self)
+        callbacks, objects; each rank's part of it. Collective."""
+        from arctic_like.trainer.whole_state import whole_state
+
+        return whole_state(self)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from what `state_dict` gave, at any ZeRO stage. Collective."""
-        self.equipment.saver.take_whole_state(self, state)
+        """Go on from what `state_dict` gave, at the same number of ranks. Collective."""
+        from arctic_like.trainer.whole_state import take_whole_state
+
+        take_whole_state(self, state)
 
     def last_values(self) -> dict[str, Any]:
         """What a checkpoint keeps of the metrics: the last and best values and when was evaluated."""
@@ -562,7 +607,9 @@ class Trainer(Part, Moments, Surface, family="trainer"):
             )
         shape = getattr(found.mean, "shape", None)
         if shape is None or len(shape):
-            what = type(found.mean).__name__ if shape is None else f"a tensor of shape {tuple(shape)}"
+            what = (
+                type(found.mean).__name__ if shape is None else f"a tensor of shape {tuple(shape)}"
+            )
             raise RunError(
                 f"{type(self).__name__}.loss returned {what}; "
                 "it must be the scalar mean over weight(batch)"

@@ -8,12 +8,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import Field
 
 from arctic_like.config.values import HumanInt
-from arctic_like.data.order import key_of
 from arctic_like.errors import RunError
 from arctic_like.loss import Loss
 from arctic_like.trainer.base import Trainer, WeightedBatch
 from arctic_like.trainer.config import LearnerConfig, TrainerConfig
-from arctic_like.trainer.noise import normal_noise
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -69,6 +67,9 @@ class GANTrainer(Trainer):
 
     def noise(self, purpose: int, samples: Sequence[int]) -> Tensor:
         """(len(samples), latent_size) standard normal, on the device, in the generator's dtype."""
+        from arctic_like.data.order import key_of
+        from arctic_like.trainer.noise import normal_noise
+
         step = self.global_step if purpose in (_CRITIC_STEP, _GENERATOR_STEP) else 0
         key = key_of(self.config.seed, step, purpose)
         values = normal_noise(samples, [self.config.latent_size], key=key)

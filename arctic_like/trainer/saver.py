@@ -68,26 +68,30 @@ class Saver:
         for engine in sorted(self._due, key=lambda engine: engine.resumable):
             directory = self.folder(engine) / f"step-{step}"
             trainer.emit("on_checkpoint_start")
-            values: dict[str, Any] = {
-                "directory": directory,
-                "module": trainer.module,
-                "tokenizer": trainer.tokenizer,
-                "engines": {n: lr.engine for n, lr in trained(trainer).items()},
-                "host": self._session.host,
-                "barrier": self._session.host.barrier,
-                "step": step,
-            }
-            with contextlib.ExitStack() as stack:
-                if engine.resumable:
-                    values |= self._state(trainer)
-                else:  # what others load: the weights to use
-                    for learner in trained(trainer).values():
-                        stack.enter_context(learner.evaluating())
-                supply(engine.save, self._info, **values)
+            self.write(trainer, engine, directory)
             if not engine.resumable and directory not in self.exports:
                 self.exports.append(directory)
             trainer.emit("on_checkpoint_end", directory)
         self._due = []
+
+    def write(self, trainer: Trainer, engine: Any, directory: Path) -> None:
+        """Write `directory` with one engine. Collective."""
+        values: dict[str, Any] = {
+            "directory": directory,
+            "module": trainer.module,
+            "tokenizer": trainer.tokenizer,
+            "engines": {n: lr.engine for n, lr in trained(trainer).items()},
+            "host": self._session.host,
+            "barrier": self._session.host.barrier,
+            "step": trainer.global_step,
+        }
+        with contextlib.ExitStack() as stack:
+            if engine.resumable:
+                values |= self._state(trainer)
+            else:  # what others load: the weights to use
+                for learner in trained(trainer).values():
+                    stack.enter_context(learner.evaluating())
+            supply(engine.save, self._info, **values)
 
     def _state(self, trainer: Trainer) -> dict[str, Any]:
         from arctic_like.engine.random_state import random_state
@@ -120,6 +124,18 @@ class Saver:
             "state_bytes": _state_bytes(trainer),
         }
 
+    def load_weights(self, trainer: Trainer, path: Path) -> None:
+        """The main model's weights from an export, a file or a checkpoint. Collective. Raises
+        CheckpointError where it cannot be read, RecipeError where no weight fits."""
+        from arctic_like.model.transplant import WeightsFromConfig
+        from arctic_like.trainer.transplant import transplant
+
+        transplant(trainer.learner().engine, WeightsFromConfig(path=path, strict=True))
+
+    def resumable_engine(self) -> Any:
+        """The engine that writes what a run goes on from, None where the recipe has none."""
+        return next((engine for engine in self.engines if engine.resumable), None)
+
     def newest(self) -> Path | None:
         """The newest complete checkpoint that a resume would pick."""
         found = [newest(self.folder(e)) for e in self.engines if e.resumable]
@@ -127,14 +143,18 @@ class Saver:
 
     def load(self, trainer: Trainer, directory: Path) -> dict[str, Any]:
         """Bring the trainer to what `directory` holds; returns its `run.json`. Collective."""
-        from arctic_like.engine.random_state import set_random_state
-
-        engine = next((e for e in self.engines if e.resumable), None)
+        engine = self.resumable_engine()
         if engine is None:
             raise CheckpointError(
                 f"{directory} cannot be resumed: the recipe has no checkpoint engine that can\n"
                 "    add to it: checkpoint: [{type: deepspeed}]"
             )
+        return self.read(trainer, engine, directory)
+
+    def read(self, trainer: Trainer, engine: Any, directory: Path) -> dict[str, Any]:
+        """`load` with one engine."""
+        from arctic_like.engine.random_state import set_random_state
+
         saved = saved_state(directory)
         equipment, world = trainer.equipment, self._session.world
         engines = {n: lr.engine for n, lr in trained(trainer).items()}

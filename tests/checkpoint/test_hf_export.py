@@ -17,12 +17,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from arctic_like.checkpoint import huggingface as exporting
 from arctic_like.checkpoint.base import CheckpointConfig, CheckpointEngine
 from arctic_like.checkpoint.huggingface import HFCheckpoint, HFCheckpointConfig, export
+from arctic_like.checkpoint.reading import read_weights
 from arctic_like.checkpoint.safetensors import INDEX, SINGLE, write_weights
 from arctic_like.cli.export import command
 from arctic_like.engine.host import HostGroup
 from arctic_like.engine.weights import iterate_weights, weight_bytes
 from arctic_like.errors import CheckpointError, RecipeError
-from arctic_like.inference import find, load_for_inference, read_weights
+from arctic_like.inference import find, load_for_inference
 from arctic_like.world import World
 from tests.model.shapes import GPT2, LLAMA, MIXTRAL, TIED, byte_tokenizer, make
 
