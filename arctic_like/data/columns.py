@@ -59,7 +59,8 @@ def optional(row: dict[str, Any], path: str) -> Any:
 
 
 def list_of_maps(value: Any, name: str, expected: str = "a list of messages") -> list[Any]:
-    """A list of maps, also where a file without lists holds it as JSON. Raises RowError."""
+    """A list of maps, also where it stands as JSON in a file without lists, or as a map of lists.
+    Raises RowError."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
             value = json.loads(value)
@@ -67,6 +68,8 @@ def list_of_maps(value: Any, name: str, expected: str = "a list of messages") ->
             raise RowError(
                 f"has no whole JSON in {name!r} ({error}); expected is {expected}"
             ) from None
+    elif is_map_of_lists(value):
+        value = [dict(zip(value, parts)) for parts in zip(*value.values(), strict=True)]
     if not isinstance(value, list):
         raise RowError(f"has {kind(value)} in {name!r}; expected is {expected}")
     for number, entry in enumerate(value, 1):
@@ -75,6 +78,14 @@ def list_of_maps(value: Any, name: str, expected: str = "a list of messages") ->
                 f"has {kind(entry)} as entry {number} of {name!r}; expected is {expected}"
             )
     return value
+
+
+def is_map_of_lists(value: Any) -> bool:
+    """Whether a value is a list of maps the other way round, as `datasets` gives a sequence of
+    structs: one list a key, all of one length."""
+    if not isinstance(value, dict) or not all(isinstance(part, list) for part in value.values()):
+        return False
+    return len({len(part) for part in value.values()}) == 1
 
 
 def template_problem(path: str) -> str:

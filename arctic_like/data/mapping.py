@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from arctic_like.data.columns import RowError, is_template, list_of_maps, optional, value_at
+from arctic_like.data.columns import (
+    RowError,
+    is_map_of_lists,
+    is_template,
+    list_of_maps,
+    optional,
+    value_at,
+)
 from arctic_like.data.messages import ROLES, Message, content_of, rest
 
 if TYPE_CHECKING:
@@ -40,7 +47,8 @@ def _list_path(row: dict[str, Any], path: str) -> tuple[str, str] | None:
         return None
     value = optional(row, parts[0])
     as_json = isinstance(value, str) and value.lstrip().startswith("[")
-    return (parts[0], parts[1]) if isinstance(value, list) or as_json else None
+    listed = isinstance(value, list) or as_json or is_map_of_lists(value)
+    return (parts[0], parts[1]) if listed else None
 
 
 def _walk(row: dict[str, Any], name: str, field: str, config: SourceConfig) -> list[Message]:

@@ -92,6 +92,8 @@ class HFSource(DataSource):
             return key_of([bounds, [[file.name, file.key()] for file in files]])
         table = self._table(name, part)
         stored = [Path(entry["filename"]) for entry in table.cache_files]
+        if not stored:
+            return super().content_key()  # a table in memory: known by its rows
         picked = [] if table._indices is None else table._indices.column(0).to_pylist()
         return key_of([name, bounds, [file_hash(path) for path in stored], picked])
 

@@ -52,6 +52,8 @@ CONVERSATIONS: list[tuple[dict[str, Any], dict[str, Any], list[dict[str, Any]]]]
     ({"chat": ASK, "messages": 3}, {"column": "chat"}, ASK),
     ({"messages": [{"role": "user", "say": "q"}]}, {"content_key": "say"}, ASK[:1]),
     ({"messages": json.dumps(ASK)}, {}, ASK),  # from a file without lists
+    # as `datasets` gives a sequence of structs
+    ({"messages": {"role": ["user", "assistant"], "content": ["q", "a"]}}, {}, ASK),
     # what a column of one type leaves behind
     ({"messages": [{"role": "user", "content": "q", "name": None, "text": None}]}, {}, ASK[:1]),
     ({"messages": [{"role": "user", "content": [{"type": "text", "text": "q"}]}]}, {}, ASK[:1]),
@@ -105,6 +107,7 @@ CONVERSATIONS: list[tuple[dict[str, Any], dict[str, Any], list[dict[str, Any]]]]
      {"role_mapping": MAPPING},
      turns(("system", "be"), ("user", "q"), ("assistant", "a"), ("assistant", "b"), ("user", "r"),
            ("assistant", "c"))),
+    ({"conversations": {"from": ["human", "gpt"], "value": ["q", "a"]}}, {"role_mapping": MAPPING}, ASK),
     ({"turns": [{"who": "q", "content": "q"}, {"who": "a", "tool_calls": CALLS, "train": False}]},
      {"role_mapping": {"user": "turns.who.q", "assistant": "turns.who.a"}},
      [ASK[0], {**ADDED, "train": False}]),
@@ -133,6 +136,8 @@ BROKEN: list[tuple[dict[str, Any], dict[str, Any], str, str]] = [
     ({"messages": []}, {}, "is an empty conversation", ""),
     ({"messages": None}, {}, "has null in 'messages'; expected is a list", ""),
     ({"messages": "hi"}, {}, "has 'hi' in 'messages'", ""),
+    ({"messages": {"role": ["user"], "content": []}}, {}, "has a map in 'messages'", ""),
+    ({"messages": {"role": [], "content": []}}, {}, "is an empty conversation", ""),
     ({"messages": '[{"role"'}, {}, "has no whole JSON in 'messages'", ""),
     ({"messages": [ASK[0], None]}, {}, "has null as entry 2 of 'messages'", ""),
     ({"messages": turns(("user", None))}, {}, "has null as the content of message 1", ""),

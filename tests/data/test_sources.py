@@ -495,6 +495,10 @@ def test_arguments_of_the_hub(monkeypatch):
     one = source("owner/name:main[:2]", revision="v2", kwargs={"name": "easy"})
     assert texts(one) == ["row 0", "row 1"]
     assert asked == [("owner/name", {"name": "easy", "revision": "v2"})]
+    # a table in memory has no file: its rows tell it from another
+    key = one.content_key()
+    monkeypatch.setitem(ROWS[0], "text", "changed")
+    assert one.content_key() != key
 
 
 def test_texts_of_several_columns(tmp_path):
