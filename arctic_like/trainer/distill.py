@@ -11,7 +11,6 @@ from arctic_like.errors import Problem, RecipeError
 from arctic_like.loss import Loss
 from arctic_like.trainer.causal import CausalTrainer
 from arctic_like.trainer.config import LearnerConfig, TrainerConfig
-from arctic_like.trainer.losses import IGNORE
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -68,6 +67,8 @@ class DistillTrainer(CausalTrainer):
         """The mean over trained tokens; `cross_entropy` and `kl` are logged."""
         import torch
         import torch.nn.functional as F
+
+        from arctic_like.trainer.losses import IGNORE
 
         targets = batch["labels"][:, 1:]
         trained = targets != IGNORE
