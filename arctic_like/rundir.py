@@ -167,7 +167,7 @@ class RunDirectory:
         checkpoint goes. Call it under the lock. The recipe goes last: until then the directory
         still holds a run.
         """
-        for folder in (self.checkpoints, self.exports, self.logs):
+        for folder in (self.checkpoints, self.exports, self.logs, self.path / "stream"):
             if folder.exists():
                 shutil.rmtree(folder)
         if checkpoints is not None and checkpoints.is_dir():

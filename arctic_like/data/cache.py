@@ -107,6 +107,20 @@ def obtain(
     return entry
 
 
+def await_entry(entry: Path, *, since: float, alive: Callable[[], None] | None = None) -> Path:
+    """The complete entry that another process makes.
+
+    since: Unix time from which on a failure is one of this run. alive: raises if that process is
+    gone. Raises what made it fail, as `obtain`.
+    """
+    while not (entry / MARKER).is_file():
+        _raise_failure(entry, since=since)
+        if alive is not None:
+            alive()
+        time.sleep(_POLL_SECONDS)
+    return entry
+
+
 def _prepare(entry: Path, prepare: Callable[[Path], dict[str, Any]]) -> None:
     _remove_leftovers(entry)
     with suppress(FileNotFoundError):

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from arctic_like.data.mix import Mixture
     from arctic_like.data.order import Plan
     from arctic_like.data.prepare import Cut, Prepared, Store
+    from arctic_like.data.stream_samples import StreamSamples
     from arctic_like.world import World
 
 
@@ -68,6 +69,7 @@ class TokenDataFactory(DataFactory):
         world: World,
         max_positions: int | None = None,
         micro_batch_size: int = 1,
+        train_iters: int = 0,
     ) -> PreparedData:
         from arctic_like.data import cache
         from arctic_like.data.collate import PaddingCollate
@@ -106,10 +108,19 @@ class TokenDataFactory(DataFactory):
         train = sets.pop("train", None)
         evaluation: dict[str, SampleSet] = {name: one.samples for name, one in sets.items()}
         mix = self._mixture(train)
+        stream = self._stream(tokenizer, cut, output_dir, world) if config.streaming else None
+        reported = {**({"train": train} if train else {}), **sets}
+        lines = [report(reported, cut)] if reported else []
+        lines += [mix.report()] if mix else []
+        facts = {**(train.facts if train else {}), **({"mix": mix.facts()} if mix else {})}
+        if stream is not None:
+            window = config.streaming_window
+            lines.insert(0, f"train: streamed in blocks of {window:,} rows from {self._described('train')}")
+            facts = {"max_length": max_length, "streaming_window": window}
         return PreparedData(
-            train=self._sourced(train.samples) if train else None,
+            train=stream or (self._sourced(train.samples) if train else None),
             evaluation=evaluation,
-            plan=self._plan(train.samples, mix, cut.seed) if train else None,
+            plan=self._plan(train, mix, cut.seed, train_iters),
             sources=titles(config.sources),
             collate=PaddingCollate(
                 pad_token_id=int(tokenizer.pad_token_id or 0),
@@ -117,11 +128,39 @@ class TokenDataFactory(DataFactory):
                 at_most=max_length,
                 fixed=config.pad_to == "max_length",
             ),
-            facts={**(train.facts if train else {}), **({"mix": mix.facts()} if mix else {})},
-            report="\n".join(
-                [report({**({"train": train} if train else {}), **sets}, cut)]
-                + ([mix.report()] if mix else [])
+            facts=facts,
+            report="\n".join(lines),
+        )
+
+    def _stream(
+        self, tokenizer: PreTrainedTokenizerBase, cut: Cut, output_dir: Path, world: World
+    ) -> StreamSamples:
+        """The training samples, made while training."""
+        from arctic_like.data.mix import stated_weights
+        from arctic_like.data.stream import BlockMaker, StreamedSource
+        from arctic_like.data.stream_samples import StreamSamples
+
+        config = self.config
+        fingerprint = tokenizer_key(tokenizer)
+        maker = BlockMaker(
+            folder=output_dir / "stream",
+            sources=tuple(
+                StreamedSource(
+                    make_source(source),
+                    encoder=lambda source=source: self._encoder(tokenizer, source),  # type: ignore[misc]
+                    shape={**self._shape(source), "tokenizer": fingerprint},
+                    on_bad_sample=source.on_bad_sample or config.on_bad_sample,
+                )
+                for source in config.sources
             ),
+            samples=lambda entries, store: self.samples(entries, cut, store=store),
+            window=config.streaming_window,
+            num_proc=config.num_proc,
+            weights=stated_weights(config.sources),
+            by_token=config.mix_by == "token",
+        )
+        return StreamSamples(
+            maker, seed=cut.seed, prepares=world.local_rank == 0, told=self._told_apart()
         )
 
     def _mixture(self, train: Prepared | None) -> Mixture | None:
@@ -135,15 +174,26 @@ class TokenDataFactory(DataFactory):
         """The training samples, with their sources where those are to be told apart."""
         from arctic_like.data.mix import with_sources
 
-        count, wanted = len(self.config.sources), self.config.source_metrics
-        return (
-            with_sources(samples, count) if (count > 1 if wanted is None else wanted) else samples
-        )
+        return with_sources(samples, len(self.config.sources)) if self._told_apart() else samples
 
-    def _plan(self, samples: SampleSet, mix: Mixture | None, seed: int) -> Callable[[int], Plan]:
-        """Global batch size → the order of the training samples."""
+    def _told_apart(self) -> bool:
+        """Whether tokens get the numbers of their sources."""
+        wanted = self.config.source_metrics
+        return len(self.config.sources) > 1 if wanted is None else wanted
+
+    def _plan(
+        self, train: Prepared | None, mix: Mixture | None, seed: int, train_iters: int
+    ) -> Callable[[int], Plan] | None:
+        """Global batch size → the order of the training samples. A stream has no epochs: the run is
+        taken for one."""
+        from arctic_like.data.endless import SequentialPlan
         from arctic_like.data.order import BatchPlan, GroupedPlan
 
+        if self.config.streaming:
+            return lambda size: SequentialPlan(1 << 40, max(1, train_iters) * size, size)
+        if train is None:
+            return None
+        samples = train.samples
         drop_last, grouped = self.config.drop_last, self.config.group_by_length
 
         def plan(size: int) -> Plan:
@@ -189,7 +239,7 @@ class TokenDataFactory(DataFactory):
                 Problem("names a set 'train'", place="data.eval_sources", hint="name it otherwise")
             )
         sets: dict[str, Prepared] = {}
-        if config.sources:
+        if config.sources and not config.streaming:
             trained = entries(config.sources)
             share = config.train_eval_split[0]
             sets["train"] = self._set(trained, cut, store, (0.0, share))
@@ -198,7 +248,7 @@ class TokenDataFactory(DataFactory):
         for name, sources in config.eval_sources.items():
             found = entries([_for_evaluation(source) for source in sources])
             sets[name] = self.samples(found, cut, store=store)
-        if not sets:
+        if not sets and not (config.streaming and config.sources):
             raise RecipeError(
                 Problem(
                     "is empty: there is nothing to train on",

@@ -30,6 +30,9 @@ T = TypeVar("T")
 _PATIENCE = 5.0
 """Seconds that the end of a loader waits for its thread, which may be waiting for data."""
 
+_BEHIND = 4
+"""Steps by which a rank may be behind another: one, and what a thread of each runs ahead."""
+
 Collate = Callable[[list["Sample"]], "dict[str, Tensor]"]
 
 
@@ -227,7 +230,19 @@ class Loader:
             first = next(batches)
             batch, share, stand_in = planned.popleft()
             data = [first, *(next(batches) for _ in share[1:])]
+            if hasattr(self.samples, "release"):  # other ranks may be a few steps behind
+                self.samples.release(batch.position - _BEHIND * len(batch.samples))
             yield StepBatch(batch, _micro_batches(data, share, stand_in))
+
+    def state(self, position: int) -> dict[str, Any]:
+        """What a resume at `position` needs to know beside it; empty, but for streams."""
+        found: dict[str, Any] = {}
+        return self.samples.state(position) if hasattr(self.samples, "state") else found
+
+    def take_up(self, state: dict[str, Any]) -> None:
+        """Go on from what `state` gave; `steps` then begins at its position."""
+        if state and hasattr(self.samples, "take_up"):
+            self.samples.take_up(state)
 
 
 def _pinned_ahead(batches: Generator[T]) -> Iterator[T]:

@@ -32,6 +32,12 @@ def is_mixed(sources: Sequence[SourceConfig]) -> bool:
     return any(source.weight is not None or source.repeat != 1 for source in sources)
 
 
+def stated_weights(sources: Sequence[SourceConfig]) -> tuple[float, ...] | None:
+    """The weights of the sources, None where they have none. All have one, or none."""
+    found = [source.weight for source in sources if source.weight is not None]
+    return tuple(found) if found else None
+
+
 def titles(sources: Sequence[SourceConfig]) -> tuple[str, ...]:
     """A name for each source; those that share one are numbered: "train.jsonl", "train.jsonl#2"."""
     seen: Counter[str] = Counter()
@@ -155,11 +161,10 @@ def mixture(config: DataConfig, sets: Sequence[SampleSet]) -> Mixture:
             )  # fmt: skip
     sizes = tuple(len(one) for one in sets)
     tokens = tuple(int(one.lengths.sum()) for one in sets)
-    weights = [source.weight for source in config.sources]
     drawn = draws(
         sizes,
         repeats=[source.repeat for source in config.sources],
-        weights=None if None in weights else cast("list[float]", weights),
+        weights=stated_weights(config.sources),
         tokens=tokens if config.mix_by == "token" else None,
         until_all=config.mix_until == "all_exhausted",
     )

@@ -337,6 +337,16 @@ class TrainerConfig(PartConfig):
         return self
 
     @model_validator(mode="after")
+    def _streams(self) -> TrainerConfig:
+        if getattr(self.data, "streaming", False) and not self.train_iters:
+            raise wrong(
+                "is needed: data.streaming is true, and a stream does not say how long an epoch is",
+                place="train_iters",
+                hint="say how many optimizer steps to train",
+            )
+        return self
+
+    @model_validator(mode="after")
     def _packable(self) -> TrainerConfig:
         if getattr(self.data, "pack_samples", False):
             from arctic_like.model.isolation import packing_refusal

@@ -34,7 +34,7 @@ def build_data(config: Any, info: RunInfo, tokenizer: Any) -> PreparedData:
     data: PreparedData = supply(
         build(config.data, "data").build, info, tokenizer=tokenizer,
         max_positions=build(config.model, "model").facts().max_positions,
-        seed=info.seed if own_seed is None else own_seed,
+        seed=info.seed if own_seed is None else own_seed, train_iters=config.train_iters,
     )  # fmt: skip
     if data.train is None or not len(data.train):
         raise RecipeError(Problem("holds no sample to train on", place="data.sources"))

@@ -104,6 +104,7 @@ class Saver:
             "zero_stage": trainer.zero_stage,
             "global_batch_size": self._info.global_batch_size,
             "samples": equipment.plan.size,
+            "data": equipment.loader.state(trainer.progress.position),
             "total_steps": equipment.total_steps,
             "metrics": equipment.recorder.sync(trainer.global_step),
             "last": trainer.last_values(),
@@ -165,6 +166,7 @@ class Saver:
         mine = states[world.rank] if same else states[0]
         for name, learner in trained(trainer).items():
             learner.scheduler.load_state_dict(mine["schedulers"][name])
+        equipment.loader.take_up(saved.get("data", {}))
         sums = [mine] if same else (states if world.is_main else [])
         equipment.step_ledger.load_state_dict([state["step_ledger"] for state in sums])
         equipment.epoch_ledger.load_state_dict([state["epoch_ledger"] for state in sums])
