@@ -18,6 +18,7 @@ VERBS = {
     "resume": ("arctic_like.cli.train:resume", "Go on with the run in a directory."),
     "validate": ("arctic_like.cli.validate:command", "Check a recipe without running it."),
     "preprocess": ("arctic_like.cli.preprocess:command", "Prepare a recipe's data before a run."),
+    "inspect": ("arctic_like.cli.inspect:command", "Show samples as the model will see them."),
     "cache": ("arctic_like.cli.cache:command", "List and remove prepared data."),
     "init": ("arctic_like.cli.init:command", "Print a commented recipe to start from."),
     "list": ("arctic_like.cli.listing:command", "List what a recipe can name by `type:`."),

@@ -14,6 +14,7 @@ import numpy as np
 
 from arctic_like.data import cache
 from arctic_like.data.decoding import Span, TokenText
+from arctic_like.data.mix import JoinedSamples, SourcedSamples
 from arctic_like.data.packing import IGNORED
 from arctic_like.data.samples import DocumentSamples
 
@@ -164,7 +165,7 @@ class Statistics:
     facts: as the preparation counted them, see `PreparedData.facts`. documents, duplicates: of the
     documents as they were read, before anything was cut or dropped; None where the set knows only
     samples. sources: one map of counts for each source. elsewhere: name of another set → how many
-    documents of it are in this one too.
+    documents of it are in this one too. packed: samples hold several documents.
     """
 
     name: str
@@ -174,6 +175,7 @@ class Statistics:
     duplicates: Duplicates | None
     sources: list[dict[str, Any]]
     elsewhere: dict[str, int]
+    packed: bool = False
 
 
 def statistics(data: PreparedData, name: str) -> Statistics:
@@ -198,8 +200,9 @@ def statistics(data: PreparedData, name: str) -> Statistics:
         samples=histogram(samples.lengths),
         documents=histogram(lengths),
         duplicates=_duplicates(parts, np.concatenate([digests[str(p.folder)] for p in parts])),
-        sources=_sources(facts, parts),
+        sources=_sources(facts, parts, data.sources if name == "train" else ()),
         elsewhere={other: count for other, count in elsewhere.items() if count},
+        packed=sum(len(plan.pieces) for plan in _plans(samples)) > len(samples),
     )
 
 
@@ -213,8 +216,11 @@ def _plans(samples: SampleSet) -> Iterator[DocumentSamples]:
     """The parts of a set that know their documents; a mix has several."""
     if isinstance(samples, DocumentSamples):
         yield samples
-    for part in getattr(samples, "parts", ()):
-        yield from _plans(part)
+    elif isinstance(samples, SourcedSamples):
+        yield samples.samples
+    elif isinstance(samples, JoinedSamples):
+        for part in samples.sets:
+            yield from _plans(part)
 
 
 def _documents(samples: SampleSet) -> Iterator[Documents]:
@@ -279,9 +285,12 @@ def _place(parts: Sequence[Documents], document: int) -> str:
     raise IndexError(document)
 
 
-def _sources(facts: dict[str, Any], parts: Sequence[Documents]) -> list[dict[str, Any]]:
+def _sources(
+    facts: dict[str, Any], parts: Sequence[Documents], titles: Sequence[str]
+) -> list[dict[str, Any]]:
     """The counts of each source: of the preparation if it keeps them, else of what was read."""
     if facts.get("sources"):
         return [dict(source) for source in facts["sources"]]
     read = [cache.facts(part.folder) for part in parts]
-    return [{**one, "title": one.get("source", "")} for one in read]
+    named = titles if len(titles) == len(read) else [one.get("source", "") for one in read]
+    return [{**one, "title": title} for one, title in zip(read, named, strict=True)]
