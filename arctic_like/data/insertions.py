@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from arctic_like.data.rendering import Renderer, Span
@@ -37,10 +37,13 @@ def find_turns(
     Raises Unclear where no way of placing sentinels shows them.
     """
     reason = "the contents change what the template writes around them"
-    for way in _WAYS:
+    for way in (*_WAYS, "each its own"):
         try:
             signs = _Signs(text, messages)
-            probe = _around(messages, signs, way)
+            if way in _WAYS:
+                probe = _around(messages, signs, way)
+            else:
+                probe = _one_by_one(render, signs, text, messages, tools)
             written = render(probe.messages, tools=tools)
             if signs.without(written) != text:
                 continue
@@ -49,13 +52,36 @@ def find_turns(
             reason = str(error)
             continue
         places = signs.places(written)
-        return {
+        found = {
             number: Turn(
                 *(at - bisect_left(places, at) for at in (turn.start, turn.stop, turn.end))
             )
             for number, turn in turns.items()
         }
+        return _with_contents(render, text, messages, found, tools)
     raise Unclear(reason)
+
+
+def _with_contents(
+    render: Renderer,
+    text: str,
+    messages: Sequence[Message],
+    turns: dict[int, Turn],
+    tools: list[Any] | None,
+) -> dict[int, Turn]:
+    """Turns of others than the assistant start with their content: they have no generation prompt."""
+    whole = {
+        number: [(0, len(messages[number].get("content", "")))]
+        for number in turns
+        if messages[number]["role"] != "assistant"
+    }
+    if not whole:
+        return turns
+    spans = find_stretches(render, text, messages, whole, tools=tools)
+    for number, found in spans.items():
+        turn = turns[number]
+        turns[number] = Turn(found[0][0] if found else turn.stop, turn.stop, turn.end)
+    return turns
 
 
 def find_stretches(
@@ -86,9 +112,27 @@ def find_stretches(
             written = render(marked, tools=tools)
         except RowError:
             continue
-        if signs.without(written) == text:
+        if signs.without(written) == text and _not_written(
+            render, text, messages, pairs, way, tools
+        ):
             return _read(signs, written, pairs)
     raise Unclear("the template changes a content of which only a part is trained")
+
+
+def _not_written(
+    render: Renderer,
+    text: str,
+    messages: Sequence[Message],
+    numbers: Iterable[int],
+    way: str,
+    tools: list[Any] | None,
+) -> bool:
+    """Whether the white space outside the sentinels of a way is really not written."""
+    bare = list(messages)
+    for number in numbers:
+        first, last = _bounds(messages[number]["content"], way)
+        bare[number] = {**messages[number], "content": messages[number]["content"][first:last]}
+    return way == "whole" or render(bare, tools=tools) == text
 
 
 def _read(
@@ -115,7 +159,7 @@ class _Signs:
 
     def __init__(self, text: str, messages: Sequence[Message]) -> None:
         strings = [text, *_strings(list(messages))]
-        self._free = iter(unused(strings, 4 * len(strings) + 8))
+        self._free = iter(unused(strings, 4 * len(_WAYS) * (len(strings) + 2)))
         self._used: dict[int, None] = {}
 
     def one(self) -> str:
@@ -138,39 +182,63 @@ class _Signs:
 
 def _around(messages: Sequence[Message], signs: _Signs, way: str) -> Probe:
     """A conversation with sentinels around what each message says."""
-    marked, own = [], []
-    for message in messages:
-        mine: list[str] = []
-        changed = dict(message)
-        answer = message["role"] == "assistant"
-        thoughts = next((key for key in _REASONING if message.get(key) is not None), "")
-        if answer and thoughts and isinstance(message[thoughts], str):
-            changed[thoughts] = _put(message[thoughts], signs, mine, way)
-        content = message.get("content")
-        if isinstance(content, str):
-            inside = way == "inside" and not answer
-            changed["content"] = (_put_inside if inside else _put)(content, signs, mine, way)
-        if message.get("tool_calls"):
-            changed["tool_calls"] = _in_calls(message["tool_calls"], signs, mine)
-        marked.append(changed)
-        own.append(mine)
-    return Probe(marked, own)
+    pairs = [_marked(message, signs, way) for message in messages]
+    return Probe([marked for marked, _ in pairs], [own for _, own in pairs])
 
 
-def _put(content: str, signs: _Signs, mine: list[str], way: str) -> str:
+def _one_by_one(
+    render: Renderer,
+    signs: _Signs,
+    text: str,
+    messages: Sequence[Message],
+    tools: list[Any] | None,
+) -> Probe:
+    """A conversation where each message has its sentinels the first way that changes nothing."""
+    probe = Probe(list(messages), [[] for _ in messages])
+    for number, message in enumerate(messages):
+        for way in _WAYS:
+            marked, own = _marked(message, signs, way)
+            changed = [*probe.messages[:number], marked, *probe.messages[number + 1 :]]
+            if signs.without(render(changed, tools=tools)) == text:
+                probe.messages[number], probe.own[number] = marked, own
+                break
+    return probe
+
+
+def _marked(message: Message, signs: _Signs, way: str) -> tuple[Message, list[str]]:
+    """A message with sentinels around what it says, and these sentinels."""
+    mine: list[str] = []
+    changed = dict(message)
+    answer = message["role"] == "assistant"
+    thoughts = next((key for key in _REASONING if message.get(key) is not None), "")
+    if answer and thoughts and isinstance(message[thoughts], str):
+        changed[thoughts] = _put(message[thoughts], signs, mine, way, empty_too=False)
+    content = message.get("content")
+    calls = message.get("tool_calls")
+    if isinstance(content, str) and way == "inside" and not answer:
+        changed["content"] = _put_inside(content, signs, mine)
+    elif isinstance(content, str):
+        changed["content"] = _put(content, signs, mine, way, empty_too=not calls)
+    if calls:
+        changed["tool_calls"] = _in_calls(calls, signs, mine)
+    return changed, mine
+
+
+def _put(content: str, signs: _Signs, mine: list[str], way: str, *, empty_too: bool) -> str:
+    """empty_too: templates ask whether something is there, so an empty content gets a sentinel only
+    where nothing else shows the message's place."""
     first, last = _bounds(content, way)
+    if first == last and not empty_too:
+        return content
     if way.startswith("behind") and _CLOSE in content:
         mine.append(signs.one())  # that it is not written says that something stands before
-    if first < last:
-        mine += [signs.one(), signs.one()]
-        return _with(content, [(first, mine[-2]), (last, mine[-1])])
-    if way == "inside":
-        return content  # templates ask whether a content is empty
-    mine.append(signs.one())
-    return _with(content, [(first, mine[-1])])
+    mine += [signs.one() for _ in range(1 if first == last else 2)]
+    return _with(
+        content, [(first, mine[-1])] if first == last else [(first, mine[-2]), (last, mine[-1])]
+    )
 
 
-def _put_inside(content: str, signs: _Signs, mine: list[str], way: str) -> str:
+def _put_inside(content: str, signs: _Signs, mine: list[str]) -> str:
     """Where a template may ask how a content begins and ends."""
     if len(content) < 2:
         return content

@@ -40,8 +40,8 @@ class Unclear(Exception):
 class Turn:
     """A message's turn in a text, as characters.
 
-    start: where it begins to be written. stop: where its end-of-turn token begins. end: behind that
-    token; equal to `stop` where there is none.
+    start: where it begins to be written; of others than the assistant, its first sentinel. stop:
+    where its end-of-turn token begins. end: behind that token; equal to `stop` where there is none.
     """
 
     start: int
@@ -104,18 +104,26 @@ class _One:
         self.number = number
         self.tools = tools
         self.places = sentinels(text)
-        own = [self.places[s] for s in probe.own[number] if s in self.places]
-        if not own:
-            raise Unclear(f"the template does not write message {number + 1} exactly once")
-        self.first, self.last = min(own), max(own)
         self.message = probe.messages[number]
+        self.own = sorted(self.places[s] for s in probe.own[number] if s in self.places)
+        self.lead: tuple[str, str] | None = None
+        """The sentinel before the turn, and what stands between it and the turn's start."""
 
     def turn(self) -> Turn:
-        start = self._start() if self.message["role"] == "assistant" else self.first
-        stop, end = self._end()
-        if not start <= self.first <= self.last < stop <= end <= len(self.text):
+        if not self.own and not self._calls_without_tokens():
+            raise Unclear(f"the template does not write message {self.number + 1} exactly once")
+        start = self._start() if self.message["role"] == "assistant" else self.own[0]
+        # a call whose name is written again with its result shows no place of its own
+        behind = self.own[-1] + 1 if self.own else start
+        stop, end = self._end(behind)
+        if not start <= min(self.own, default=start) <= behind <= stop <= end <= len(self.text):
             raise Unclear(f"message {self.number + 1} is not written in one piece")
         return Turn(start, stop, end)
+
+    def _calls_without_tokens(self) -> bool:
+        """Whether the message calls tools, and no added token stands in what it calls them with."""
+        calls = self.message.get("tool_calls")
+        return bool(calls) and not self.finder.tokens.search(_SENTINEL.sub("", repr(calls)))
 
     def _render(self, count: int, *, generation: bool = False) -> str:
         return self.finder.render(
@@ -130,8 +138,8 @@ class _One:
         anchor = max(shared, key=shared.__getitem__, default="")
         at = self.places[anchor] + 1 if anchor else 0
         prompt = so_far[shared[anchor] + 1 :] if anchor else so_far
-        if self.probe.own[self.number][0] in self.places:
-            before = self.text[at : self.first]
+        if self.probe.own[self.number][:1] and self.probe.own[self.number][0] in self.places:
+            before = self.text[at : self.own[0]]
         else:  # the template leaves out how the message begins, so another one shows its header
             before = self._plain_header(anchor)
         header = prompt if before.startswith(prompt) else before
@@ -140,6 +148,7 @@ class _One:
                 f"turn {self.number + 1} begins with {_short(before)}, its generation prompt is "
                 f"{_short(prompt)}"
             )
+        self.lead = (anchor, header)
         return at + len(header)  # the prompt may go on with a prefill
 
     def _plain_header(self, anchor: str) -> str:
@@ -147,7 +156,10 @@ class _One:
         (plain,) = unused([self.text, *chain.from_iterable(self.probe.own)], 1)
         messages = list(self.probe.messages)
         messages[self.number] = {"role": self.message["role"], "content": plain}
-        text = self.finder.render(messages, tools=self.tools)
+        try:
+            text = self.finder.render(messages, tools=self.tools)
+        except RowError:  # a tool's result needs the call before it
+            text = self.finder.render(messages[: self.number + 1], tools=self.tools)
         places = sentinels(text)
         if plain not in places or (anchor and anchor not in places):
             raise Unclear(f"the template does not write message {self.number + 1} exactly once")
@@ -155,24 +167,26 @@ class _One:
 
     def _start_of_first(self) -> int:
         """Nothing stands before it, so the generation prompt is a user's message's."""
+        if not self.own:
+            raise Unclear("it begins with a call of a tool that shows no place of its own")
         prompt = self.finder.generation_prompt()
-        before = self.text[: self.first]
+        before = self.text[: self.own[0]]
         if before.endswith(prompt):
-            return self.first
+            return self.own[0]
         # as a turn in the middle it may be written without a prefill
         user = {"role": "user", "content": chr(PRIVATE[-1])}
         middle = self.finder.render([self.message, user], tools=self.tools)
-        at = sentinels(middle).get(self.text[self.first], 0)
+        at = sentinels(middle).get(self.text[self.own[0]], 0)
         if middle[:at].endswith(prompt) and before.startswith(middle[:at]):
             return at
         raise Unclear("it begins with the assistant, and the header has no clear end")
 
-    def _end(self) -> tuple[int, int]:
-        """(where the end-of-turn token begins, where it ends)."""
-        behind = self.last + 1
-        following = min((at for at in self.places.values() if at > self.last), default=None)
+    def _end(self, behind: int) -> tuple[int, int]:
+        """(where the end-of-turn token begins, where it ends); `behind` what the message says."""
+        following = min((at for at in self.places.values() if at >= behind), default=None)
         after = self.text[behind:following]
-        alone = self._alone()
+        last = self.number == len(self.probe.messages) - 1
+        alone = self.text[behind:] if last else self._behind(self._render(self.number + 1))
         calls = bool(self.message.get("tool_calls"))
         found = self._token_in(common_start(alone, after), alone, after, calls=calls)
         if found is None:
@@ -181,17 +195,17 @@ class _One:
             return behind, behind
         return behind + found[0], behind + found[1]
 
-    def _alone(self) -> str:
-        """What stands behind the message when it is the last one."""
-        if self.number == len(self.probe.messages) - 1:
-            return self.text[self.last + 1 :]
-        return self._behind(self._render(self.number + 1))
-
     def _behind(self, text: str) -> str:
-        at = sentinels(text).get(self.text[self.last])
-        if at is None:
+        """What stands behind the message in a rendering of the conversation up to it."""
+        places = sentinels(text)
+        if self.own:
+            at, lead = places.get(self.text[self.own[-1]]), ""
+        else:
+            anchor, lead = self.lead or ("", "")
+            at = places.get(anchor)
+        if at is None or not text.startswith(lead, at + 1):
             raise Unclear(f"message {self.number + 1} is written otherwise when it is the last one")
-        return text[at + 1 :]
+        return text[at + 1 + len(lead) :]
 
     def _token_in(
         self, common: str, alone: str, after: str, *, calls: bool
