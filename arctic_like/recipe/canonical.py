@@ -129,8 +129,8 @@ def resolve_paths(node: Node, shape: Shape, *, owners: Owners, untyped: bool = F
 
 
 def absolute(text: str, folder: Path) -> str:
-    """A path as text, absolute, without `..` and `~`."""
-    return os.path.normpath(folder / Path(text).expanduser())
+    """A path as text, absolute, without `..` and `~` (but of a user that there is not)."""
+    return os.path.normpath(folder / os.path.expanduser(text))
 
 
 def _expanded(node: Node, choice: Chooses) -> Node:
@@ -150,7 +150,7 @@ def _absolute(node: Node, mark: PathMark) -> Node:
     if mark.name_too and not _looks_like_path(node.value, folder):
         return node
     result: dict[str, Any] = {"value": absolute(node.value, folder)}
-    if node.raw is not None and not Path(node.value).expanduser().is_absolute():
+    if node.raw is not None and not os.path.isabs(os.path.expanduser(node.value)):
         result["raw"] = f"{folder}/{node.raw}"
     return replace(node, **result)
 
