@@ -113,11 +113,13 @@ def await_entry(entry: Path, *, since: float, alive: Callable[[], None] | None =
     since: Unix time from which on a failure is one of this run. alive: raises if that process is
     gone. Raises what made it fail, as `obtain`.
     """
+    pause = 0.005
     while not (entry / MARKER).is_file():
         _raise_failure(entry, since=since)
         if alive is not None:
             alive()
-        time.sleep(_POLL_SECONDS)
+        time.sleep(pause)
+        pause = min(2 * pause, _POLL_SECONDS)
     return entry
 
 

@@ -136,7 +136,7 @@ class TokenDataFactory(DataFactory):
         self, tokenizer: PreTrainedTokenizerBase, cut: Cut, output_dir: Path, world: World
     ) -> StreamSamples:
         """The training samples, made while training."""
-        from arctic_like.data.mix import stated_weights
+        from arctic_like.data.mix import stated_weights, titles
         from arctic_like.data.stream import BlockMaker, StreamedSource
         from arctic_like.data.stream_samples import StreamSamples
 
@@ -146,12 +146,13 @@ class TokenDataFactory(DataFactory):
             folder=output_dir / "stream",
             sources=tuple(
                 StreamedSource(
+                    title,
                     make_source(source),
                     encoder=lambda source=source: self._encoder(tokenizer, source),  # type: ignore[misc]
                     shape={**self._shape(source), "tokenizer": fingerprint},
                     on_bad_sample=source.on_bad_sample or config.on_bad_sample,
                 )
-                for source in config.sources
+                for title, source in zip(titles(config.sources), config.sources, strict=True)
             ),
             samples=lambda entries, store: self.samples(entries, cut, store=store),
             window=config.streaming_window,

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -180,8 +181,10 @@ class FollowedRows:
 
 @dataclass(frozen=True)
 class StreamedSource:
-    """A source with what makes documents of its rows. shape: all that shapes them."""
+    """A source with what makes documents of its rows. title: its name in reports. shape: all that
+    shapes documents."""
 
+    title: str
     source: DataSource
     encoder: Callable[[], Encoder]
     shape: dict[str, Any]
@@ -239,12 +242,9 @@ class BlockMaker:
         """Make a block, unless it is there. Raises what is wrong with its rows; whoever waits for its
         entries learns of that too."""
         for number, count, entry in self.parts(state):
-            cache.obtain(
-                entry.parent,
-                entry.name,
-                lambda folder, n=number, c=count: self._write(folder, n, state.sources[n], c),
-                what=f"block {state.block} of {self.sources[number].source.describe()}",
-            )
+            write = partial(self._write, number=number, state=state.sources[number], count=count)
+            what = f"block {state.block} of {self.sources[number].title}"
+            cache.obtain(entry.parent, entry.name, write, what=what)
         self.prepared(state)
 
     def prepared(self, state: StreamState) -> tuple[Prepared | None, list[int]]:
@@ -293,7 +293,7 @@ class BlockMaker:
         writer.close()
         return {
             **counts,
-            "source": one.source.describe(),
+            "source": one.title,
             "documents": writer.documents,
             "tokens": writer.tokens,
             "trained_tokens": writer.trained,
