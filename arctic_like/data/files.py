@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import io
+import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -211,7 +212,7 @@ def data_files(
     """
     if is_url(name):
         return _remote_files(name, split, options or {})
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if path.is_file():
         return [DataFile(str(path))]
     if path.is_dir() and not is_saved(path):

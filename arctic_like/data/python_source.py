@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -132,7 +133,7 @@ def _from_file(path: Path) -> Any:
     import hashlib
     from types import ModuleType
 
-    path = path.expanduser().resolve()
+    path = Path(os.path.expanduser(path)).resolve()
     try:
         source = path.read_bytes()
     except OSError as error:

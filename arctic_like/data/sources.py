@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
@@ -73,7 +74,7 @@ class HFSource(DataSource):
         files = self._files(name, part)
         if files:
             yield from self._file_rows(files, part, cursor)
-        elif Path(name).expanduser().exists():
+        elif Path(os.path.expanduser(name)).exists():
             table = self._table(name, part)
             done = cursor["rows"] if cursor else 0
             left = table.select(range(done, len(table))) if done < len(table) else ()
@@ -127,7 +128,7 @@ class HFSource(DataSource):
 
     def _table(self, name: str, part: Stretch) -> Any:
         """A `datasets.Dataset`, from a folder that `save_to_disk` wrote or from the Hub."""
-        folder = Path(name).expanduser()
+        folder = Path(os.path.expanduser(name))
         if is_saved(folder):
             table = self._loaded("load_from_disk", str(folder), self.config.kwargs)
         elif not self.hub or folder.exists() or not name or _looks_local(name):

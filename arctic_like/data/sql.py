@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from contextlib import closing
@@ -110,9 +111,9 @@ class SQLSource(DataSource):
 def _sqlite_file(url: str) -> Path | None:
     """The file of SQLite that a URL or a path names; None for any other database."""
     if url.startswith(_SQLITE):
-        return Path(url.removeprefix(_SQLITE)).expanduser()
+        return Path(os.path.expanduser(url.removeprefix(_SQLITE)))
     if "://" not in url and url.endswith(_SQLITE_FILES):
-        return Path(url).expanduser()
+        return Path(os.path.expanduser(url))
     return None
 
 

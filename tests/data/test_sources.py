@@ -148,7 +148,7 @@ def test_a_split_is_named_once(files):
 
 
 def test_paths_that_are_not_there_are_seen_at_once(files):
-    for name in ("/none/x", "x.jsonl", "./x", "x-*.parquet", ""):
+    for name in ("/none/x", "x.jsonl", "./x", "x-*.parquet", "~nobody-for-tests/x", ""):
         (problem,) = source(name).problems()
         assert problem.place == "name_or_path"
     assert not source("owner/name").problems()
