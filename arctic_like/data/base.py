@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, cast
 
 from pydantic import Field, field_validator, model_validator
 
@@ -90,6 +90,9 @@ Followed = tuple[Cursor, str, dict[str, Any] | BadRow]
 
 class SourceConfig(PartConfig):
     """One entry of `data.sources` or `data.eval_sources`; a bare string is its `name_or_path`."""
+
+    splits_in_name: ClassVar[bool] = True
+    """Whether `name_or_path` may end in `:split`."""
 
     type: str = "huggingface"
     """How it is read: `huggingface` (files and the Hub), `huggingface_instruct`,

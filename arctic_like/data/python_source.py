@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from arctic_like.data.base import BadRow, DataSource, ReadRow, SourceConfig
 from arctic_like.data.columns import kind
@@ -20,14 +20,22 @@ _CODE = "arctic_code_"
 """How modules of a recipe's `code:` are named."""
 
 
+class PythonSourceConfig(SourceConfig):
+    """Rows of a function. `name_or_path` is its address; `kwargs` are its arguments."""
+
+    splits_in_name: ClassVar[bool] = False
+
+    type: str = "python"
+
+
 class PythonSource(DataSource):
     """`type: python`: `name_or_path` is `module:function`, `file.py:function`, or the name of a
     function in the recipe's `code:`. Called with `kwargs`, and the recipe's `split` if it takes
     one, it gives rows; a class is called the same way and iterated."""
 
     name = "python"
-    config_type = SourceConfig
-    config: SourceConfig
+    config_type = PythonSourceConfig
+    config: PythonSourceConfig
 
     def problems(self) -> list[Problem]:
         """A file or a module that is not there."""

@@ -65,7 +65,7 @@ def stated_part(config: SourceConfig) -> tuple[str, Stretch]:
     Raises RecipeError where the name and `split` both state a split.
     """
     name, split = config.name_or_path, config.split
-    match = _SPLIT.fullmatch(name)
+    match = _SPLIT.fullmatch(name) if config.splits_in_name else None
     if match is None or Path(name).exists():
         return name, Stretch.parse(split)
     if split and split != match["split"]:

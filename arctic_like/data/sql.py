@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import model_validator
 
@@ -23,6 +23,8 @@ _FETCH = 1024
 
 class SQLSourceConfig(SourceConfig):
     """A query of a database. `name_or_path` is the database's URL, or a file of SQLite."""
+
+    splits_in_name: ClassVar[bool] = False
 
     type: str = "sql"
 

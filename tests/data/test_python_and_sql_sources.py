@@ -68,6 +68,18 @@ def test_functions_and_classes(code: Path) -> None:
     assert list(one.rows_from(followed[0][0])) == followed[1:]
 
 
+def test_an_evaluation_set_is_another_split(code: Path, database: Path) -> None:
+    from arctic_like.data.factory import _for_evaluation
+
+    one = source("python", f"{code}:rows")
+    evaluating = make_source(_for_evaluation(one.config))
+    assert texts(evaluating) == ["eval 0", "eval 1", "eval 2"]
+    kept = source("python", f"{code}:rows", split="held[:1]")
+    assert texts(make_source(_for_evaluation(kept.config))) == ["held 0"]
+    table = source("sql", database, table="texts", split="[:1]")
+    assert texts(make_source(_for_evaluation(table.config))) == ["row 1"]
+
+
 def test_a_file_that_changed_is_imported_again(code: Path) -> None:
     assert len(texts(source("python", f"{code}:rows"))) == 3
     code.write_text(CODE.replace("count=3", "count=4"))
