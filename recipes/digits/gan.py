@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from digits import Digits
+from digits_data import Digits
 from torch import Tensor, nn
 
 from arctic_like.callbacks.base import Callback, CallbackConfig

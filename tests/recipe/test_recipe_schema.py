@@ -89,5 +89,5 @@ def test_its_commented_defaults_are_the_defaults(write):
     plain = load_recipe(write("a.yaml", text)).config
     # a map whose keys are all commented needs its own # to stay: drop only those of simple keys
     stated = re.sub(r"^( *)#(?=\w+: )", r"\1", text, flags=re.MULTILINE)
-    stated = re.sub(r"^#(wandb|logger):$", r"\1:", stated, flags=re.MULTILINE)
+    stated = re.sub(r"^#(wandb|logger|metric_monitor):$", r"\1:", stated, flags=re.MULTILINE)
     assert load_recipe(write("b.yaml", stated)).config == plain

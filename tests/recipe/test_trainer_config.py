@@ -18,7 +18,7 @@ arctic_moe
 """
 OURS = """
 output_dir overwrite device deterministic global_batch_size eval_at_start eval_at_end
-trackers callbacks allow_changes
+trackers callbacks allow_changes exporters metric_monitor test_at_end test_only
 """
 
 
