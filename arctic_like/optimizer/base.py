@@ -23,7 +23,7 @@ class GroupConfig(Config):
     aliases = {"lr": "learning_rate"}
 
     match: str
-    """A regular expression, searched for in the parameters' names (`embed|lm_head`). A parameter
+    """A regular expression, searched for in the parameters' names (`^lm_head`). A parameter
     belongs to the first group that matches."""
 
     name: str = ""
