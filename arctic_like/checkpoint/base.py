@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import ClassVar
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
-from arctic_like.config.base import PartConfig
+from arctic_like.checkpoint.publish import tidy
+from arctic_like.checkpoint.retention import Monitored, Retention
+from arctic_like.config.base import PartConfig, wrong
+from arctic_like.config.interval import Interval
 from arctic_like.config.values import HumanInt, RecipePath
 from arctic_like.registry import Part
 
@@ -35,15 +39,34 @@ class CheckpointConfig(PartConfig):
     auto_resume: bool = False
     """Go on from the newest complete checkpoint in the output folder, if there is one."""
 
+    save_best: bool = False
+    """Save whenever an evaluation improved `metric_monitor`, at that very step (from the first on)."""
+
     keep_last: HumanInt | None = Field(default=None, ge=1)
-    """How many to keep; the new one is written before an old one goes. All by default."""
+    """How many of the newest to keep; the new one is written before an old one goes. All by default, or
+    one where `keep_best` or `keep_every` is given."""
+
+    keep_best: HumanInt = Field(default=1, ge=0)
+    """How many to keep for their value of `metric_monitor`, beside the last. Only those count that were
+    evaluated at their very step. With 0 even the best one goes when it is old."""
+
+    keep_every: Interval = Interval()
+    """Keep the first one saved at or after every `1000` (steps), `1 epoch` or `10%` for good."""
+
+    @field_validator("keep_every")
+    @classmethod
+    def _counted(cls, value: Interval) -> Interval:
+        if value.unit == "seconds":
+            raise wrong(f"is {value}, a time", hint="write 1000 (steps), 1 epoch or 10%")
+        return value
 
 
 class CheckpointEngine(Part, family="checkpoint"):
     """Writes checkpoints. Has `save(…)`, and `load(…)` if it is resumable.
 
     Both receive values by parameter name: `directory` (a `step-N`), `module`, `tokenizer`,
-    `engines`, `world`, `host`, `barrier`, `step`, and what the run's facts hold.
+    `engines`, `world`, `host`, `barrier`, `step`, `monitored` (the metric of these weights), and what
+    the run's facts hold.
     """
 
     config_type = CheckpointConfig
@@ -54,6 +77,27 @@ class CheckpointEngine(Part, family="checkpoint"):
 
     folder: ClassVar[str] = "checkpoints"
     """The folder of the run directory that its `step-N` folders lie in."""
+
+    def retention(self, *, steps_per_epoch: int | None, total_steps: int | None) -> Retention:
+        """What the config keeps of the saved ones."""
+        config = self.config
+        every = config.keep_every
+        period = every.period(steps_per_epoch=steps_per_epoch, total_steps=total_steps)
+        chosen = bool(every) or (config.given("keep_best") and config.keep_best > 0)
+        last = config.keep_last if config.keep_last is not None or not chosen else 1
+        return Retention(last, config.keep_best, period)
+
+    def let_go(
+        self, saved: list[Path], monitored: Monitored,
+        *, steps_per_epoch: int | None = None, total_steps: int | None = None,
+    ) -> None:  # fmt: skip
+        """Remove those of the complete `step-N` folders that need not stay (one process).
+
+        To be called when the new one, which is among `saved`, is published.
+        """
+        retention = self.retention(steps_per_epoch=steps_per_epoch, total_steps=total_steps)
+        if saved:
+            tidy(saved[0].parent, saved, retention, monitored)
 
     def due(self, *, step: int, epoch: int | None = None) -> bool:
         """Whether to save after optimizer step `step` (from 1).

@@ -14,16 +14,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from arctic_like.checkpoint.base import CheckpointConfig, CheckpointEngine
-from arctic_like.checkpoint.layout import ENGINE, RUN_STATE, marker
+from arctic_like.checkpoint.layout import ENGINE, RUN_STATE, complete_checkpoints, marker
 from arctic_like.checkpoint.publish import (
     aside,
     check_space,
     files_below,
-    keep_last,
     publish,
     seal,
     verify,
 )
+from arctic_like.checkpoint.retention import MONITORED, Monitored
 from arctic_like.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -57,15 +57,21 @@ class DeepSpeedCheckpoint(CheckpointEngine):
         world: World,
         host: HostGroup,
         state_bytes: int,
+        monitored: Monitored | None = None,
+        steps_per_epoch: int | None = None,
+        total_steps: int | None = None,
     ) -> None:
         """Write `directory` (a `step-N`) whole. Collective.
 
         run_state: plain values, the same on all ranks. rank_state: this rank's, types and tensors.
         state_bytes: what all ranks' files will need at least. Raises CheckpointError if that is not free.
+        monitored: what these weights measured; decides, with those of the others, which of them stay.
         """
         import torch
 
         partial = aside(directory)
+        metric = monitored or Monitored()
+        run_state = {**run_state, MONITORED: metric.as_dict()}
         refused = ""
         if world.is_main:
             directory.parent.mkdir(parents=True, exist_ok=True)
@@ -91,7 +97,10 @@ class DeepSpeedCheckpoint(CheckpointEngine):
             entries.update(part)
         if world.is_main:
             publish(directory, entries)
-            keep_last(directory.parent, self.config.keep_last)
+            self.let_go(
+                complete_checkpoints(directory.parent), metric,
+                steps_per_epoch=steps_per_epoch, total_steps=total_steps,
+            )  # fmt: skip
         host.barrier()
 
     def load(

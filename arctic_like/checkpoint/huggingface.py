@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from arctic_like.checkpoint.base import CheckpointConfig, CheckpointEngine
-from arctic_like.checkpoint.layout import step_of
+from arctic_like.checkpoint.layout import RUN_STATE, step_of
 from arctic_like.checkpoint.publish import (
     REPLACED,
     appear,
     aside,
     check_space,
     files_below,
-    remove,
+    recover,
     sync,
 )
+from arctic_like.checkpoint.retention import MONITORED, Monitored
 from arctic_like.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -49,14 +52,25 @@ class HFCheckpoint(CheckpointEngine):
         directory: Path,
         world: World,
         host: HostGroup,
+        monitored: Monitored | None = None,
+        steps_per_epoch: int | None = None,
+        total_steps: int | None = None,
     ) -> None:
-        """Write `directory` (a `step-N`); then let go of those beyond `keep_last`. Collective.
+        """Write `directory` (a `step-N`); then let go of those that need not stay. Collective.
 
-        Raises CheckpointError on every rank if it cannot be written; nothing of it is visible then.
+        monitored: what these weights measured; `run.json` in the folder says so. Raises
+        CheckpointError on every rank if it cannot be written; nothing of it is visible then.
         """
-        export(module, tokenizer, directory=directory, host=host)
-        if world.is_main and self.config.keep_last is not None:
-            keep_exports(directory.parent, self.config.keep_last)
+        metric = monitored or Monitored()
+        if world.is_main:
+            recover(directory.parent, marked=False)
+        facts = {"step": step_of(directory), MONITORED: metric.as_dict()}
+        export(module, tokenizer, directory=directory, host=host, facts=facts)
+        if world.is_main:
+            self.let_go(
+                exports_in(directory.parent), metric,
+                steps_per_epoch=steps_per_epoch, total_steps=total_steps,
+            )  # fmt: skip
 
 
 def export(
@@ -66,11 +80,13 @@ def export(
     directory: Path,
     host: HostGroup,
     dtype: torch.dtype | None = None,
+    facts: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a transformers model as `directory`: aside first, synced, then renamed. Collective.
 
-    dtype: of the floating weights in the files; None keeps the trained one. A folder of that name
-    is replaced once the new one is complete. Raises CheckpointError.
+    dtype: of the floating weights in the files; None keeps the trained one. facts: plain values of the
+    run, for `run.json` beside them. A folder of that name is replaced once the new one is complete.
+    Raises CheckpointError.
     """
     from arctic_like.checkpoint.safetensors import write_weights
     from arctic_like.engine.weights import weight_bytes
@@ -85,6 +101,8 @@ def export(
     if main and error is None:
         try:
             _write_description(module, tokenizer, partial, dtype=dtype)
+            if facts is not None:
+                (partial / RUN_STATE).write_text(json.dumps(facts, indent=1) + "\n")
             _publish(directory)
         except (OSError, ValueError, RuntimeError) as problem:
             error = _not_written(directory, problem)
@@ -96,13 +114,14 @@ def export(
     host.barrier()
 
 
-def keep_exports(exports: Path, count: int) -> None:
-    """Remove all but the newest `count` exports (by step number)."""
-    found = sorted(
-        (step, path) for path in exports.iterdir() if (step := step_of(path)) is not None
-    )
-    for _, path in found[:-count]:
-        remove(path)
+def exports_in(folder: Path) -> list[Path]:
+    """The complete exports of a folder, oldest first by step *number*."""
+    found = [
+        (step, path)
+        for path in folder.iterdir()
+        if (step := step_of(path)) is not None and (path / "config.json").is_file()
+    ]
+    return [path for _, path in sorted(found)]
 
 
 def _prepare(

@@ -13,6 +13,7 @@ from typing import Any
 
 MARKER = "complete.json"
 LATEST = "latest"
+BEST = "best"
 ENGINE = "engine"
 RUN_STATE = "run.json"
 _STEP = re.compile(r"step-(\d+)")

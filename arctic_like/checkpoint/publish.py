@@ -1,7 +1,7 @@
 """A folder that appears whole or not at all: written aside, synced, marked, renamed.
 
 The order is what makes a kill at any moment harmless: files, their syncs, the marker, the rename, the
-pointer `latest`, and only then the removal of what is old.
+pointers `latest` and `best`, and only then the removal of what is old.
 """
 
 from __future__ import annotations
@@ -13,7 +13,23 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from arctic_like.checkpoint.layout import LATEST, MARKER, complete_checkpoints, marker, step_of
+from arctic_like.checkpoint.layout import (
+    BEST,
+    LATEST,
+    MARKER,
+    complete_checkpoints,
+    marker,
+    newest,
+    step_of,
+)
+from arctic_like.checkpoint.retention import (
+    Monitored,
+    Retention,
+    best_checkpoint,
+    best_of,
+    named_best,
+    values_of,
+)
 from arctic_like.errors import CheckpointError
 
 ASIDE = ".partial"
@@ -102,25 +118,58 @@ def remove(folder: Path) -> None:
     shutil.rmtree(doomed)
 
 
-def point_latest(folder: Path) -> None:
-    """Let `latest` name a checkpoint, atomically."""
-    pointer = folder.parent / (LATEST + ASIDE)
+def point(name: str, folder: Path) -> None:
+    """Let the pointer `latest` or `best` name a checkpoint, atomically."""
+    pointer = folder.parent / (name + ASIDE)
     pointer.write_text(folder.name + "\n")
     sync(pointer)
-    pointer.rename(folder.parent / LATEST)
+    pointer.rename(folder.parent / name)
     sync(folder.parent)
 
 
-def recover(checkpoints: Path) -> list[str]:
+def point_latest(folder: Path) -> None:
+    """Let `latest` name a checkpoint."""
+    point(LATEST, folder)
+
+
+def point_best(checkpoints: Path, best: Path | None) -> None:
+    """Let `best` name a checkpoint, or take it away where none is best."""
+    if best is None:
+        (checkpoints / BEST).unlink(missing_ok=True)
+    elif named_best(checkpoints) != best.name:
+        point(BEST, best)
+
+
+def tidy(
+    folder: Path, saved: list[Path], retention: Retention, monitored: Monitored
+) -> list[Path]:  # fmt: skip
+    """Point `best` to the best of those that stay, then remove the others; returns what stayed.
+
+    saved: the complete `step-N` folders in `folder`, the one that was just published among them.
+    """
+    values = values_of(saved, monitored.metric)
+    kept = retention.kept(values, monitored.mode)
+    stay = [path for path in saved if step_of(path) in kept]
+    point_best(folder, best_of(stay, monitored))
+    for path in saved:
+        if path not in stay:
+            remove(path)
+    return stay
+
+
+def recover(checkpoints: Path, *, marked: bool = True) -> list[str]:
     """Tidy what a killed save left behind (one process); returns the names that were removed.
 
-    A complete folder that was about to be replaced comes back if its successor never came.
+    A complete folder that was about to be replaced comes back if its successor never came. marked: the
+    folders have markers and pointers (checkpoints), or neither (exports). A `step-N` without its marker is
+    no work of a kill: it got its name with the marker inside. It stays, and does not count.
     """
     if not checkpoints.is_dir():
         return []
     removed = []
     for path in sorted(checkpoints.iterdir()):
-        if not path.is_dir():
+        ours = path.name.startswith("step-") and path.name.endswith((ASIDE, REPLACED))
+        if not ours or not path.is_dir():
             continue
         if path.name.endswith(REPLACED):
             original = path.with_name(path.name.removesuffix(REPLACED))
@@ -128,9 +177,14 @@ def recover(checkpoints: Path) -> list[str]:
                 shutil.rmtree(path)
             else:
                 path.rename(original)
-        elif path.name.endswith(ASIDE) or (step_of(path) is not None and marker(path) is None):
+        else:
             shutil.rmtree(path)
             removed.append(path.name)
+    for name in (LATEST, BEST):
+        (checkpoints / (name + ASIDE)).unlink(missing_ok=True)
+    if marked and (found := newest(checkpoints)) is not None:
+        point_latest(found)
+        point_best(checkpoints, best_checkpoint(checkpoints))
     return removed
 
 
@@ -148,15 +202,8 @@ def supersede_after(folder: Path) -> list[str]:
             path.rename(target)
             names.append(path.name)
     point_latest(folder)
+    point_best(folder.parent, best_checkpoint(folder.parent))
     return names
-
-
-def keep_last(checkpoints: Path, count: int | None) -> None:
-    """Remove all but the newest `count` complete checkpoints; None keeps all."""
-    if count is None:
-        return
-    for path in complete_checkpoints(checkpoints)[: -max(count, 1)]:
-        remove(path)
 
 
 def verify(folder: Path, names: Iterable[str]) -> None:
