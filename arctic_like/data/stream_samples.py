@@ -250,10 +250,9 @@ class StreamSamples(SampleSet):
                     f"block {state.block}: {facts['bad']:,} rows of {facts['source']} cannot be used, "
                     f"the first: {facts['bad_examples'][0]}"
                 )
-            if following.sources[number].passes > state.sources[number].passes:
-                rows = following.sources[number].rows
+            if following.sources[number].passes and not state.sources[number].passes:
                 logger.info(
-                    f"{facts['source']} was read to its end and begins again ({rows:,} rows)"
+                    f"{facts['source']} was read to its end, and is read again from its start"
                 )
         if prepared and not self._blocks:
             facts = prepared.facts
@@ -324,6 +323,8 @@ def _prepare_blocks(maker: BlockMaker, pipe: Any, parents: Any) -> None:
     """The child: one block after another, until the parent is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    # the threads of the parent's tokenizer are not here, and waiting for them would never end
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     parents.close()
     from loguru import logger
 
