@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from arctic_like.data.templates import Span
+from arctic_like.data.rendering import Span
 from arctic_like.errors import Problem, RecipeError
 
 if TYPE_CHECKING:

@@ -130,9 +130,9 @@ def _refused(error: Exception) -> RowError:
 
 def _seen(message: Message) -> Message:
     """A message as templates see it: plain values only, its reasoning under each of its names."""
-    plain = message
-    if not all(type(value) in _PLAIN for value in message.values()):
-        plain = _plain(message)
+    if len(message) == 2 and type(message.get("content")) is str:
+        return message  # role and content, as most are
+    plain: Message = _plain(message)
     for key in _REASONING:
         reasoning = plain.get(key)
         if reasoning is not None:

@@ -28,14 +28,14 @@ _REASONING = ("reasoning_content", "thinking", "reasoning")
 
 # white space that no template writes itself, so what is left of it is told from what stands beside
 _LEFT, _RIGHT = "\n\u2001\n", "\n\u2002\n"
-_Strip = Callable[[str], str]
+_Strip = Callable[[str], str] | None
 _LEFT_STRIPS: dict[str, _Strip] = {
-    _LEFT: lambda text: text,
+    _LEFT: None,
     _LEFT[1:]: lambda text: text.lstrip("\n"),
     "": str.lstrip,
 }
 _RIGHT_STRIPS: dict[str, _Strip] = {
-    _RIGHT: lambda text: text,
+    _RIGHT: None,
     _RIGHT[:-1]: lambda text: text.rstrip("\n"),
     "": str.rstrip,
 }
@@ -45,12 +45,8 @@ Structure = tuple[tuple[str, str], ...]
 thoughts."""
 
 
-@dataclass(frozen=True)
-class _Place:
-    """A place in a skeleton: so many characters behind the begin of a segment."""
-
-    segment: int
-    offset: int
+_Place = tuple[int, int]
+"""A place in a skeleton: (segment, so many characters behind its begin)."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +111,7 @@ class Skeletons:
 
         def place(at: int) -> _Place:
             segment = max(n for n in range(len(segments)) if begins[n] <= at)
-            return _Place(segment, at - begins[segment])
+            return segment, at - begins[segment]
 
         turns = {n: (place(t.start), place(t.stop), place(t.end)) for n, t in found.items()}
         return _Skeleton(segments, order, strips, turns)
@@ -194,20 +190,26 @@ def _strips(segments: list[str], padded: list[str]) -> list[tuple[_Strip, _Strip
 
 
 def _filled(skeleton: _Skeleton, text: str, pieces: list[str]) -> dict[int, Turn] | None:
+    # once a conversation, so it counts every microsecond
+    segments = skeleton.segments
+    filled = [segments[0]]
     begins = [0]
-    at = len(skeleton.segments[0])
-    filled = [skeleton.segments[0]]
-    for number, (left, right), segment in zip(
-        skeleton.order, skeleton.strips, skeleton.segments[1:], strict=True
-    ):
-        piece = right(left(pieces[number]))
+    at = len(segments[0])
+    for place, number in enumerate(skeleton.order):
+        piece = pieces[number]
+        left, right = skeleton.strips[place]
+        if left is not None:
+            piece = left(piece)
+        if right is not None:
+            piece = right(piece)
+        segment = segments[place + 1]
+        filled += (piece, segment)
         at += len(piece)
         begins.append(at)
         at += len(segment)
-        filled += (piece, segment)
     if at != len(text) or "".join(filled) != text:
         return None
     return {
-        number: Turn(*(begins[place.segment] + place.offset for place in places))
-        for number, places in skeleton.turns.items()
+        number: Turn(begins[a] + start, begins[b] + stop, begins[c] + end)
+        for number, ((a, start), (b, stop), (c, end)) in skeleton.turns.items()
     }

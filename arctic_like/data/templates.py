@@ -71,8 +71,10 @@ class ChatTemplate:
         Raises RowError where the template refuses the conversation, or where the spans cannot be
         exact.
         """
-        plain = [{k: v for k, v in m.items() if k != "train"} for m in messages]
         wishes = [message.get("train") for message in messages]
+        plain = list(messages)
+        if any("train" in message for message in messages):
+            plain = [{k: v for k, v in m.items() if k != "train"} for m in messages]
         answers = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
         stated = any(wish is not None for wish in wishes)
         if train_on == "all" and end_of_turn and not stated:
