@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field
 
 from arctic_like.config.values import HumanInt
-from arctic_like.data.base import DataConfig, LongSamples, PreparedData, SourceConfig
+from arctic_like.data.base import DataConfig, LongSamples, SourceConfig
 from arctic_like.data.factory import TokenDataFactory
 from arctic_like.errors import Problem, RecipeError
 
@@ -112,11 +112,11 @@ class _PreferenceDataFactory(TokenDataFactory):
 
         return preference_samples(entries, cut, documents=self.documents, store=store, share=share)
 
-    def build(self, **values: Any) -> PreparedData:
-        problems = self.problems()
-        if problems:
+    def _sets(self, entries: Any, cut: Cut, store: Store) -> dict[str, Prepared]:
+        # here and not in `build`, whose parameters say what a run has to bring
+        if problems := self.problems():
             raise RecipeError(problems)
-        return super().build(**values)
+        return super()._sets(entries, cut, store)
 
     def _options(self, source: SourceConfig) -> dict[str, Any]:
         from arctic_like.data.encoders import MaskRules
@@ -153,20 +153,21 @@ class KTODataFactory(_PreferenceDataFactory):
 
         return UnpairedEncoder(tokenizer, source, **self._options(source))
 
-    def build(self, **values: Any) -> PreparedData:
-        data = super().build(**values)
-        facts = data.facts
-        if data.train is not None and not (facts["desirable"] and facts["undesirable"]):
-            which = "wanted" if facts["desirable"] else "unwanted"
+    def _sets(self, entries: Any, cut: Cut, store: Store) -> dict[str, Prepared]:
+        sets = super()._sets(entries, cut, store)
+        facts = sets["train"].facts if "train" in sets else {}
+        wanted, unwanted = facts.get("desirable", 0), facts.get("undesirable", 0)
+        if wanted + unwanted and not (wanted and unwanted):
+            which = "wanted" if wanted else "unwanted"
             raise RecipeError(
                 Problem(
-                    f"holds {facts['desirable'] + facts['undesirable']:,} answers that are all "
+                    f"holds {wanted + unwanted:,} answers that are all "
                     f"{which}; what is learned is how the two kinds differ",
                     place="data.sources",
                     hint="add answers with the other `label`, or train with type: sft",
                 )
             )
-        return data
+        return sets
 
 
 def _trains_prompts(place: str, value: Any) -> Problem:
