@@ -63,7 +63,11 @@ class RunError(ArcticError):
 
 
 class NonFiniteError(RunError):
-    """A loss or a gradient norm became NaN or infinite."""
+    """A loss or a gradient norm became NaN or infinite; `step` is the first one where it did."""
+
+    def __init__(self, message: str, *, step: int = 0) -> None:
+        self.step = step
+        super().__init__(message)
 
 
 class CheckpointError(RunError):

@@ -38,10 +38,12 @@ in the recipe's order). This is the whole run:
     on_run_end(result)
 
 Besides, when they happen: on_checkpoint_loaded(path), on_stop_requested(reason),
-on_interrupt, on_exception(error).
+on_interrupt, on_exception(error), on_non_finite(error), which may answer True, on_weights_loaded(path), on_resize_start(learner, rows) and on_resize_end(learner, rows)
+around a change of parameters' shapes (`trainer.resize`).
 
-`around_step` and `around_evaluate` return a context manager or None; what they return is entered
-before the moments that the bracket spans and left after them, in the reverse order.
+`around_step`, `around_evaluate` (tests too) and `around_export` (weights that are written for others)
+return a context manager or None; what they return is entered before the moments that the bracket spans
+and left after them, in the reverse order.
 
 A callback may ask for things: `trainer.request_stop()`, `request_evaluation()`,
 `request_checkpoint()`, `request_log()`. One rank that asks is enough: all ranks learn of it in the
@@ -51,7 +53,7 @@ own: `trainer.emit("after_densify", rows)` reaches every callback that has the m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,6 +62,7 @@ from arctic_like.config.base import PartConfig
 from arctic_like.registry import Part
 
 if TYPE_CHECKING:
+    from arctic_like.errors import NonFiniteError
     from arctic_like.trainer.base import Trainer
     from arctic_like.trainer.progress import Result
 
@@ -70,7 +73,8 @@ MOMENTS = (
     "on_optimizer_step_end", "on_step_end", "on_log", "on_epoch_end", "on_evaluate_start",
     "on_evaluate_batch_start", "on_evaluate_batch_end", "on_evaluate_end", "on_checkpoint_start",
     "on_checkpoint_end", "on_checkpoint_loaded", "on_stop_requested", "on_interrupt",
-    "on_exception", "on_train_end", "on_test_start", "on_test_end", "on_run_end",
+    "on_exception", "on_weights_loaded", "on_resize_start", "on_resize_end", "on_train_end",
+    "on_test_start", "on_test_end", "on_run_end",
 )  # fmt: skip
 
 
@@ -98,6 +102,11 @@ class Callback(Part, family="callback"):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what `state_dict` gave."""
+
+    def load_states(self, states: Sequence[dict[str, Any]], *, own: int) -> None:
+        """Take back the states of all ranks that saved, `own` the one that is this rank's (0 at another
+        number of ranks). For callbacks whose ranks have parts of one whole; else `load_state_dict`."""
+        self.load_state_dict(states[own])
 
     def summary(self) -> list[tuple[str, float, float]]:
         """Rows (label, first, last) for the table that ends a run; empty for none."""
@@ -181,6 +190,20 @@ class Callback(Part, family="callback"):
     def on_exception(self, trainer: Trainer, error: BaseException) -> None:
         """The run is ending with an error on this rank."""
 
+    def on_non_finite(self, trainer: Trainer, error: NonFiniteError) -> bool:
+        """A loss or gradient is not finite, on all ranks; the run ends with the error unless a callback
+        answers True, having asked for `trainer.request_rewind`. All ranks must answer alike."""
+        return False
+
+    def on_weights_loaded(self, trainer: Trainer, path: Path) -> None:
+        """The main model's weights were replaced by those of `path` (`test(model_path)`)."""
+
+    def on_resize_start(self, trainer: Trainer, learner: str, rows: Mapping[str, Any]) -> None:
+        """Before parameters of a learner change their rows; `rows`: name → `engine.surgery.Rows`."""
+
+    def on_resize_end(self, trainer: Trainer, learner: str, rows: Mapping[str, Any]) -> None:
+        """After it: weights and optimizer states have their new shapes."""
+
     def on_train_end(self, trainer: Trainer) -> None:
         """No further step follows; the last evaluation and checkpoint are done."""
 
@@ -199,6 +222,10 @@ class Callback(Part, family="callback"):
 
     def around_evaluate(self, trainer: Trainer) -> AbstractContextManager[Any] | None:
         """What an evaluation's batches run inside, or None."""
+        return None
+
+    def around_export(self, trainer: Trainer) -> AbstractContextManager[Any] | None:
+        """What the writing of weights for other programs runs inside, or None."""
         return None
 
 
@@ -227,6 +254,11 @@ class CallbackList:
             except BaseException as error:
                 error.add_note(f"in callback {callback.name!r} at {moment}")
                 raise
+
+    def ask(self, moment: str, trainer: Trainer, *values: Any) -> bool:
+        """Whether any callback answers True; all are asked."""
+        methods = self._find(moment)
+        return any([bool(method(trainer, *values)) for _, method in methods])
 
     def around(self, moment: str, trainer: Trainer) -> AbstractContextManager[Any]:
         """The context managers that the callbacks return for `moment`, entered in order."""

@@ -49,7 +49,8 @@ def terms_of(
 ) -> Terms:
     """A micro-batch's terms. Several ledgers take them, so that the products are made once.
 
-    prefix: stands before every name (`critic/`). stated: off where there is no loss but other values.
+    prefix: stands before every name (`critic/`); such terms carry their weight themselves, as the
+    ledger's own is the main learner's. stated: off where there is no loss but other values.
     With a weight of 0 (a rank with nothing to do) the terms are zeros under the same names, so that
     all ranks reduce the same list.
     """
@@ -59,20 +60,26 @@ def terms_of(
     names = [*(["loss"] if stated else []), *loss.values]
     zero = torch.zeros_like(mean)
     if weight == 0:
-        nothing = {f"{prefix}{name}": (zero, zero) for name in loss.groups}
-        return Terms({f"{prefix}{name}": zero for name in names}, 0.0, None, nothing)
+        sums = dict.fromkeys(names, zero)
+        groups = dict.fromkeys(loss.groups, (zero, zero))
+        return _prefixed(Terms(sums, 0.0, None, groups), prefix)
 
     def number(value: Tensor | float) -> Tensor:
         return torch.as_tensor(value, device=mean.device).detach().double()
 
-    sums = {f"{prefix}loss": mean * weight} if stated else {}
-    sums |= {f"{prefix}{name}": number(value) * weight for name, value in loss.values.items()}
-    groups = {
-        f"{prefix}{name}": (number(total), number(over))
-        for name, (total, over) in loss.groups.items()
-    }
+    sums = {"loss": mean * weight} if stated else {}
+    sums |= {name: number(value) * weight for name, value in loss.values.items()}
+    groups = {name: (number(total), number(over)) for name, (total, over) in loss.groups.items()}
     bad = torch.where(torch.isfinite(mean), NEVER, float(step)) if stated else None
-    return Terms(sums, weight, bad, groups)
+    return _prefixed(Terms(sums, weight, bad, groups), prefix)
+
+
+def _prefixed(terms: Terms, prefix: str) -> Terms:
+    if not prefix:
+        return terms
+    weighted = {name: (value, value.new_tensor(terms.weight)) for name, value in terms.sums.items()}
+    groups = {f"{prefix}{name}": pair for name, pair in {**weighted, **terms.groups}.items()}
+    return Terms({}, 0.0, terms.first_bad, groups)
 
 
 class Ledger:
@@ -148,6 +155,7 @@ class Ledger:
     def load_state_dict(self, states: list[dict[str, Any]]) -> None:
         """Take back what `state_dict` gave; several ranks' states are added up."""
         self.reset()
+        self._first_bad = None  # what is not finite is never saved
         for state in states:
             for name, value in state["sums"].items():
                 self._accumulate(name, value.to(self._device))

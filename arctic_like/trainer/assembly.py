@@ -59,6 +59,8 @@ class Session:
     started: float = field(default_factory=time.monotonic)
     requested: str = ""
     """Why this rank wants to stop; becomes the run's reason once all ranks know."""
+    concludes: bool = False
+    """Whether that reason is the training's goal rather than an interruption."""
     step_weight: float = 0.0
     """Weight of the current global batch over all ranks."""
     micro_batch: int = 0

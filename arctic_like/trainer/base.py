@@ -20,7 +20,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from arctic_like.errors import RunError
+from arctic_like.errors import NonFiniteError, RunError
 from arctic_like.loss import Loss
 from arctic_like.metrics.ledger import terms_of
 from arctic_like.registry import Part
@@ -36,6 +36,7 @@ from arctic_like.trainer.failures import (
 from arctic_like.trainer.moments import Moments
 from arctic_like.trainer.numbers import Numbers
 from arctic_like.trainer.progress import Progress, Result
+from arctic_like.trainer.rewind import Rewind, checkpoint_before, go_back, remember
 from arctic_like.trainer.surface import MAIN, Surface
 
 if TYPE_CHECKING:
@@ -46,7 +47,8 @@ if TYPE_CHECKING:
     from arctic_like.trainer.assembly import Equipment, Session
 
 STOP_REASONS = ("interrupt", "terminate", "kill_switch", "callback")
-WISHES = ("evaluation", "checkpoint", "log")
+"""Why a run may stop, the most urgent first; what callbacks say for themselves counts as "callback"."""
+WISHES = ("evaluation", "checkpoint", "best", "log")
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,8 @@ class Trainer(Part, Moments, Surface, family="trainer"):
         self._stream: Iterator[StepBatch] | None = None
         self._wishes: set[str] = set()
         self._last_evaluation = -1
-        self._last_save = -1
+        self._rewind: Rewind | None = None
+        self._concluded = False
         self._last_line = -1
         self._evaluations_made = 0
         self._steps_this_run = 0
@@ -177,6 +180,8 @@ class Trainer(Part, Moments, Surface, family="trainer"):
         if session.resume is not None:
             saved = self.equipment.saver.load(self, session.resume)
         self.equipment.recorder.start(saved=saved["metrics"] if saved else None)
+        remember(self)
+        self._pass_over()
         if session.resume is not None:
             logger.info(f"resumed from {session.resume} at step {self.global_step}")
             self.emit("on_checkpoint_loaded", session.resume)
@@ -213,10 +218,10 @@ class Trainer(Part, Moments, Surface, family="trainer"):
         self._finish()
         for learner in self.learners.values():
             learner.finish_training()
-        if not self.progress.stopped:
+        if self.is_complete:
             self.export()
         self.emit("on_train_end")
-        if self.config.test_at_end and not self.progress.stopped:
+        if self.config.test_at_end and self.is_complete:
             self.test()
         return self._result()
 
@@ -229,15 +234,24 @@ class Trainer(Part, Moments, Surface, family="trainer"):
         epoch = self.current_epoch
         self.emit("on_epoch_start")
         while not self.is_done and self.current_epoch == epoch:
-            batch = next(self.train_batches)
-            micro_batches = self._weigh(batch)
-            if self.progress.stopped:
-                return
-            self.batch = batch
-            self.emit("on_step_start")
-            with self._around("around_step"):
-                self.step(micro_batches)
-            self._after_step(batch)
+            try:
+                self._next_step()
+            except NonFiniteError as error:
+                if not self._is_dealt_with(error):
+                    raise
+            if self._rewind is not None:
+                self._go_back(self._rewind)
+
+    def _next_step(self) -> None:
+        batch = next(self.train_batches)
+        micro_batches = self._weigh(batch)
+        if self.progress.stopped:
+            return
+        self.batch = batch
+        self.emit("on_step_start")
+        with self.around("around_step"):
+            self.step(micro_batches)
+        self._after_step(batch)
 
     def step(self, micro_batches: Sequence[WeightedBatch]) -> None:
         """One optimizer step over this rank's micro-batches of one global batch.
@@ -298,7 +312,7 @@ class Trainer(Part, Moments, Surface, family="trainer"):
         """
         results: dict[str, float] = {}
         self.evaluation_values = {}
-        with self._evaluating(), self._around("around_evaluate"):
+        with self._evaluating(), self.around("around_evaluate"):
             self.emit("on_evaluate_start")
             for name, batches in self.equipment.evaluation_batches():
                 prefix = "eval/" if name in ("", "eval") else f"eval/{name}/"
@@ -306,7 +320,8 @@ class Trainer(Part, Moments, Surface, family="trainer"):
             self.emit("on_evaluate_end", results)
         self._last_evaluation = self.global_step
         self._evaluations_made += 1
-        self.numbers.take_in(results)
+        if self.numbers.evaluated(self.global_step, results) and self.global_step > 0:
+            self._wishes |= {"best"} if self.equipment.saver.saves_best else set()
         for learner in self.learners.values():
             learner.after_evaluation(results, self.session.host)
         every = self.config.eval_log_iter_interval
@@ -322,8 +337,9 @@ class Trainer(Part, Moments, Surface, family="trainer"):
         """
         if model_path is not None:
             self.equipment.saver.load_weights(self, Path(model_path))
+            self.emit("on_weights_loaded", Path(model_path))
         results: dict[str, float] = {}
-        with self._evaluating(), self._around("around_evaluate"):
+        with self._evaluating(), self.around("around_evaluate"):
             self.emit("on_test_start")
             for name, batches in self.equipment.test_batches():
                 prefix = "test/" if name in ("", "test") else f"test/{name}/"
@@ -338,23 +354,23 @@ class Trainer(Part, Moments, Surface, family="trainer"):
         """Write, with every engine of the recipe that is due, what belongs into its checkpoint."""
         fail_if_not_finite_so_far(self)
         self.equipment.saver.save(self)
-        self._last_save = self.global_step
 
     def export(self) -> None:
         """Write the trained models with the recipe's exporters. Collective."""
         from arctic_like.checkpoint.exporters import whole_copy
 
         error: BaseException | None = None
-        for exporter in self.equipment.exporters:
-            with whole_copy(self.get_module(exporter.config.learner)) as module:
-                if module is None or error is not None:
-                    continue
-                folder = self.session.directory.path / "exports"
-                try:
-                    example = self.example_inputs() if exporter.needs_example else ()
-                    self.equipment.saver.exports.append(exporter.export(module, folder, example))
-                except BaseException as problem:
-                    error = problem
+        with self.around("around_export"):
+            for exporter in self.equipment.exporters:
+                with whole_copy(self.get_module(exporter.config.learner)) as module:
+                    if module is None or error is not None:
+                        continue
+                    folder = self.session.directory.path / "exports"
+                    try:
+                        example = self.example_inputs() if exporter.needs_example else ()
+                        self.equipment.saver.exports.append(exporter.export(module, folder, example))
+                    except BaseException as problem:
+                        error = problem
         if self.equipment.exporters:
             self.session.host.raise_together(error)
 
@@ -391,6 +407,29 @@ class Trainer(Part, Moments, Surface, family="trainer"):
         if method is not None:
             method(*values)
         self.equipment.callbacks.call(moment, self, *values)
+
+    def around(self, moment: str) -> contextlib.AbstractContextManager[Any]:
+        """The context managers that this trainer and its callbacks return for `moment`, entered."""
+        own = getattr(self, moment)()
+        theirs = self.equipment.callbacks.around(moment, self)
+        if own is None:
+            return theirs
+        stack = contextlib.ExitStack()
+        stack.enter_context(own)
+        stack.enter_context(theirs)
+        return stack
+
+    @contextlib.contextmanager
+    def clock_stopped(self) -> Iterator[None]:
+        """What happens inside does not count into the step time of the next train line."""
+        start = time.perf_counter()
+        yield
+        self._marks["step"] += time.perf_counter() - start
+
+    def is_due(self, interval: Any, name: str) -> bool:
+        """Whether an interval is due after the step that was just done; `name` tells clocks apart.
+        Ranks agree. Collective where it is one of time."""
+        return self._due(interval, name)
 
     def call_hook(self, moment: str, *values: Any) -> None:
         """Another name of `emit`."""
@@ -430,9 +469,27 @@ class Trainer(Part, Moments, Surface, family="trainer"):
 
         return preserved()
 
-    def request_stop(self, reason: str = "callback") -> None:
-        """Ask for the run to end before the next step; one rank is enough, all agree."""
-        self.session.requested = reason
+    def request_stop(self, reason: str = "callback", *, concludes: bool = False) -> None:
+        """Ask for the run to end before the next step; one rank is enough, all agree.
+
+        reason: a word for `Result.stop_reason`. concludes: the training has reached its goal: what the
+        recipe says of its end (last evaluation, exports, test) is done, as after the last step.
+        """
+        self.session.requested, self.session.concludes = reason, concludes
+
+    def request_rewind(
+        self, *, before: int, skip: Sequence[int] = (), reason: str, most: int = 3
+    ) -> bool:  # fmt: skip
+        """Ask for the run to go back to the newest checkpoint of a step before `before`, and to pass over
+        the global batches at the positions `skip`; done when the train line is written, before anything is
+        saved. Whether there is such a checkpoint. Collective: on all ranks alike, in a moment that all have.
+
+        most: how often the run may go back to one checkpoint; then it ends with an error.
+        """
+        if checkpoint_before(self, before) is None:
+            return False
+        self._rewind = Rewind(before, tuple(skip), reason, most)
+        return True
 
     def request_evaluation(self) -> None:
         """Ask for an evaluation at the step that is done, unless it had one; one rank is enough."""
@@ -459,7 +516,9 @@ class Trainer(Part, Moments, Surface, family="trainer"):
     def resize(self, rows: Mapping[str, Rows], learner: str = MAIN) -> None:
         """Grow and prune rows of parameters together with their optimizer state, at every ZeRO stage
         (`engine/surgery.py`). The same on all ranks. Collective."""
+        self.emit("on_resize_start", learner, rows)
         self.learner(learner).engine.resize(rows)
+        self.emit("on_resize_end", learner, rows)
 
     def get_extra_state(self) -> dict[str, Any]:
         """What a subclass wants back after a resume, beside models and counters: plain types and tensors."""
@@ -505,17 +564,17 @@ class Trainer(Part, Moments, Surface, family="trainer"):
         steps = (self.progress.position % plan.samples_per_epoch) // plan.global_batch_size
         return int(steps * info.gradient_accumulation_steps + self.session.micro_batch)
 
-    # The loop's own business ----------------------------------------------------------------------
+    @property
+    def is_complete(self) -> bool:
+        """Whether the training is not stopped, or stopped because it has reached its goal."""
+        return not self.progress.stopped or self._concluded
 
-    def _around(self, moment: str) -> contextlib.AbstractContextManager[Any]:
-        own = getattr(self, moment)()
-        theirs = self.equipment.callbacks.around(moment, self)
-        if own is None:
-            return theirs
-        stack = contextlib.ExitStack()
-        stack.enter_context(own)
-        stack.enter_context(theirs)
-        return stack
+    @property
+    def moment(self) -> tuple[int, int]:
+        """(steps, evaluations) done: what a checkpoint is of."""
+        return self.global_step, self._evaluations_made
+
+    # The loop's own business ----------------------------------------------------------------------
 
     @contextlib.contextmanager
     def _others_frozen(self, learner: str) -> Iterator[None]:
@@ -534,6 +593,36 @@ class Trainer(Part, Moments, Surface, family="trainer"):
         if takes_index(step):
             return lambda batch: step(batch, self.batch_idx)
         return step
+
+    def _is_dealt_with(self, error: NonFiniteError) -> bool:
+        """Whether a callback has asked to go back rather than to end with the error."""
+        own = self.on_non_finite(error)
+        theirs = self.equipment.callbacks.ask("on_non_finite", self, error)
+        return own or theirs
+
+    def _go_back(self, asked: Rewind) -> None:
+        self._rewind = None
+        with self.clock_stopped():
+            go_back(self, asked)
+            self._wishes.clear()
+            self._pass_over()
+        self._mark()
+
+    def _pass_over(self) -> None:
+        """Move the position past batches that are to be skipped; an epoch that ends there has its end."""
+        epoch, progress = self.current_epoch, self.progress
+        if self._skip() and self.current_epoch > epoch and progress.position:
+            self.emit("on_epoch_end")
+            self._end_epoch()
+
+    def _skip(self) -> bool:
+        progress = self.progress
+        if progress.position not in progress.skipped:
+            return False
+        while progress.position in progress.skipped:
+            progress.position = self.equipment.plan.at(progress.position).next_position
+        self._stream = None
+        return True
 
     def _weigh(self, batch: StepBatch) -> list[WeightedBatch]:
         """Weights of this rank and over all ranks, and what anyone asks for: one exchange.
@@ -561,8 +650,9 @@ class Trainer(Part, Moments, Surface, family="trainer"):
         """The sum of a weight over all ranks, with what anyone asks for: granted, until nobody asks."""
         while True:
             wanted = self._wants_to_stop()
+            kind = wanted if wanted in STOP_REASONS or not wanted else "callback"
             total, *asked = self.session.host.sum([
-                weight, *(float(reason == wanted) for reason in STOP_REASONS),
+                weight, *(float(reason == kind) for reason in STOP_REASONS),
                 *(float(wish in self._wishes) for wish in WISHES),
             ])  # fmt: skip
             stops, wishes = asked[: len(STOP_REASONS)], asked[len(STOP_REASONS) :]
@@ -571,18 +661,27 @@ class Trainer(Part, Moments, Surface, family="trainer"):
                 continue
             for reason, count in zip(STOP_REASONS, stops, strict=True):
                 if count and not self.progress.stopped:
-                    self._stop(reason)
+                    self._stop(*self._said(reason))
             return total
+
+    def _said(self, reason: str) -> tuple[str, bool]:
+        """A callback's own word for its reason, and whether it concludes the training: the first rank's."""
+        if reason != "callback":
+            return reason, False
+        session = self.session
+        mine = (session.requested, session.concludes) if session.requested else None
+        said = [one for one in session.host.gather(mine) if one and one[0] not in STOP_REASONS[:-1]]
+        return said[0] if said else (reason, False)
 
     def _grant(self, wishes: set[str]) -> None:
         self._wishes -= wishes
-        with self._clock_stopped():
+        with self.clock_stopped():
             if "evaluation" in wishes and self._last_evaluation != self.global_step:
                 self.evaluate()
             if "log" in wishes and self._last_line != self.global_step > 0:
                 self._log_step()
-            if "checkpoint" in wishes and self._last_save != self.global_step:  # noqa: SIM102
-                if self.equipment.saver.due(self, on_request=True):
+            for wish, how in (("best", "is_best"), ("checkpoint", "on_request")):
+                if wish in wishes and self.equipment.saver.due(self, **{how: True}):
                     self.checkpoint()
 
     def _wants_to_stop(self) -> str:
@@ -591,8 +690,8 @@ class Trainer(Part, Moments, Surface, family="trainer"):
             session.requested = session.external_stop(self.config.kill_switch_path)
         return session.requested
 
-    def _stop(self, reason: str) -> None:
-        self.progress.stopped = reason
+    def _stop(self, reason: str, concludes: bool = False) -> None:
+        self.progress.stopped, self._concluded = reason, concludes
         self.emit("on_stop_requested", reason)
         if reason in ("interrupt", "terminate"):
             self.emit("on_interrupt")
@@ -618,19 +717,23 @@ class Trainer(Part, Moments, Surface, family="trainer"):
 
     def _after_step(self, batch: StepBatch) -> None:
         """Counters, line, evaluation, epoch's end and checkpoint of the step that was just done."""
-        equipment, plan = self.equipment, self.equipment.plan
+        equipment = self.equipment
+        epoch, self.progress.finished = self.current_epoch, False
         self.progress.global_step += 1
         self.progress.position += len(batch.global_batch.samples)
+        self._skip()
         self._steps_this_run += 1
         self._rates = self._learning_rates()
         for learner in self.learners.values():
             learner.after_step()
         self.emit("on_step_end")
-        epoch_over = self.progress.position % plan.samples_per_epoch == 0
+        epoch_over = self.current_epoch > epoch
         logs = self.config.train_log_iter_interval
         if self._due(logs, "log") or (logs and self.global_step == self.training_horizon):
             self._log_step()
-        with self._clock_stopped():
+        if self._rewind is not None:
+            return
+        with self.clock_stopped():
             if epoch_over:
                 self.emit("on_epoch_end")
             if self._due(self.config.eval_interval, "evaluation"):
@@ -638,7 +741,7 @@ class Trainer(Part, Moments, Surface, family="trainer"):
             if epoch_over:
                 self._end_epoch()
             self._exit_if_asked()
-            if equipment.saver.due(self, epoch_over=epoch_over):
+            if self._rewind is None and equipment.saver.due(self, epoch_over=epoch_over):
                 self.checkpoint()
 
     def _learning_rates(self) -> dict[str, float]:
@@ -728,13 +831,6 @@ class Trainer(Part, Moments, Surface, family="trainer"):
             learner.after_epoch()
         self.log(line, kind="epoch")
 
-    @contextlib.contextmanager
-    def _clock_stopped(self) -> Iterator[None]:
-        """What happens inside does not count into the step time of the next train line."""
-        start = time.perf_counter()
-        yield
-        self._marks["step"] += time.perf_counter() - start
-
     def _mark(self) -> None:
         """Start the clock of the next train line."""
         self._marks = {"step": time.perf_counter(), "line": self.global_step}
@@ -767,18 +863,15 @@ class Trainer(Part, Moments, Surface, family="trainer"):
     def _finish(self) -> None:
         """The last evaluation and checkpoints; nothing where a resumed run had already done them."""
         progress = self.progress
-        finished = not progress.stopped
-        if finished and progress.finished:
+        if self.is_complete and progress.finished:
             return
-        if finished and self.config.eval_at_end and self._last_evaluation != self.global_step:
-            self.evaluate()
-        if finished:
+        if self.is_complete:
+            if self.config.eval_at_end and self._last_evaluation != self.global_step:
+                self.evaluate()
             self._agree()  # what callbacks asked for at the last step
-            finished = not progress.stopped or self.global_step >= self.training_horizon
-            progress.stopped = "" if finished else progress.stopped
-        progress.finished = finished
-        if not finished and self._last_save == self.global_step:
-            return
+            if self.global_step >= self.training_horizon:
+                progress.stopped, self._concluded = "", False
+        finished = progress.finished = self.is_complete
         if self.equipment.saver.due(self, at_end=finished, at_stop=not finished):
             self.checkpoint()
 
@@ -794,7 +887,8 @@ class Trainer(Part, Moments, Surface, family="trainer"):
             history=tuple(numbers.history),
             final_loss=numbers.final_loss(),
             checkpoint=saver.newest(),
-            exports=tuple(saver.exports),
+            exports=tuple(path for path in saver.exports if path.exists()),
+            complete=self.is_complete,
             signal={"interrupt": 2, "terminate": 15}.get(reason, 0),
         )
 

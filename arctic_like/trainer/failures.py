@@ -40,7 +40,8 @@ def fail_if_not_finite(trainer: Trainer, value: float, *, what: str = "loss") ->
         f"the {what} of step {step} is {value}{samples}\n"
         f"    Nothing was saved after it. {kept}\n"
         "    Try a lower optimizer.learning_rate or a longer warm-up, look at these samples, "
-        "or train in another model.dtype."
+        "or train in another model.dtype.",
+        step=step,
     )
 
 

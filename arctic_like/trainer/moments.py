@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from arctic_like.errors import NonFiniteError
     from arctic_like.trainer.progress import Result
 
 
@@ -91,6 +93,19 @@ class Moments:
     def on_exception(self, error: BaseException) -> None:
         """The run is ending with an error on this rank."""
 
+    def on_weights_loaded(self, path: Path) -> None:
+        """The main model's weights were replaced by those of `path` (`test(model_path)`)."""
+
+    def on_resize_start(self, learner: str, rows: Mapping[str, Any]) -> None:
+        """Before parameters of a learner change their rows; `rows`: name → `engine.surgery.Rows`."""
+
+    def on_resize_end(self, learner: str, rows: Mapping[str, Any]) -> None:
+        """After it: weights and optimizer states have their new shapes."""
+
+    def on_non_finite(self, error: NonFiniteError) -> bool:
+        """As a callback's: True where `request_rewind` made it good."""
+        return False
+
     def on_train_end(self) -> None:
         """No further step follows; the last evaluation and checkpoint are done."""
 
@@ -109,4 +124,8 @@ class Moments:
 
     def around_evaluate(self) -> AbstractContextManager[Any] | None:
         """What an evaluation's batches run inside, or None."""
+        return None
+
+    def around_export(self) -> AbstractContextManager[Any] | None:
+        """What the writing of weights for other programs runs inside, or None."""
         return None

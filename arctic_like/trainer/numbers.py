@@ -23,6 +23,26 @@ class Numbers:
         """Evaluation metric → its first value, its last, and how often it was measured."""
         self.history: list[dict[str, float]] = []
         """A record for each epoch: `epoch`, `step`, mean train loss, learning rate, evaluation values."""
+        self.measured: tuple[int, float | None] = (-1, None)
+        """The step of the last evaluation, and what it measured of the monitored metric."""
+
+    def evaluated(self, step: int, results: Mapping[str, float]) -> bool:
+        """Take in an evaluation; whether the monitored metric is better than ever before."""
+        names = [n for n in self._names() if n in results]
+        value = float(results[names[0]]) if names else None
+        before = next((self.best[n] for n in self._names() if n in self.best), None)
+        self.measured = (step, value)
+        self.take_in(results)
+        if value is None or not math.isfinite(value):
+            return False
+        return before is None or self.better(self.monitor.metric, value, before)
+
+    def value_at(self, step: int) -> float | None:
+        """The monitored metric of the weights of `step`; None where it was not measured of these."""
+        return self.measured[1] if self.measured[0] == step else None
+
+    def _names(self) -> tuple[str, str]:
+        return (self.monitor.metric, f"eval/{self.monitor.metric}")
 
     def take_in(self, values: Mapping[str, Any]) -> None:
         """Remember what a line says."""
@@ -52,7 +72,7 @@ class Numbers:
     def final_loss(self) -> float:
         """What a search over runs ranks by: the monitored metric's last value, else the last train
         loss; infinite where nothing was measured or the loss was not finite."""
-        for name in (self.monitor.metric, "eval/loss", "epoch_train_loss", "loss"):
+        for name in (*self._names(), "eval/loss", "epoch_train_loss", "loss"):
             if name in self.last:
                 value = self.last[name]
                 return value if math.isfinite(value) else math.inf
@@ -61,13 +81,15 @@ class Numbers:
     def as_dict(self) -> dict[str, Any]:
         """Plain values for a checkpoint."""
         return {"metrics": self.last, "best": self.best, "evaluations": self.evaluations,
-                "history": self.history}  # fmt: skip
+                "history": self.history, "measured": self.measured}  # fmt: skip
 
     def take_up(self, saved: Mapping[str, Any]) -> None:
         """Go on from what a checkpoint holds."""
         self.last, self.best = dict(saved["metrics"]), dict(saved["best"])
         self.evaluations = {k: tuple(v) for k, v in saved["evaluations"].items()}
         self.history = [dict(record) for record in saved.get("history", [])]
+        step, value = saved.get("measured", (-1, None))
+        self.measured = (step, value)
 
 
 def pick(results: Mapping[str, float], metric: str, *, what: str) -> float:

@@ -19,7 +19,11 @@ class Progress:
     stopped: str = ""
     """Why the run stops before its horizon; empty while it does not."""
     finished: bool = False
-    """The horizon was reached and everything that follows it was done."""
+    """The training came to its end and everything that follows it was done."""
+    skipped: list[int] = field(default_factory=list)
+    """Positions of global batches that are passed over (`trainer/rewind.py`)."""
+    rewinds: dict[str, int] = field(default_factory=dict)
+    """Checkpoint → how often the run went back to it."""
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for a checkpoint."""
@@ -33,7 +37,8 @@ class Result:
     steps: int
     """Optimizer steps of the whole run, those before a resume included."""
     stop_reason: str
-    """"finished", "signal", "kill_switch", "exit_iteration" or what a callback said."""
+    """"finished", "interrupt", "terminate", "kill_switch", "exit_iteration" or what a callback said; in
+    `result.json` also "non_finite" and "error"."""
     output_dir: Path
     metrics: dict[str, float] = field(default_factory=dict)
     """The last value of every metric."""
@@ -50,3 +55,5 @@ class Result:
     """Folders that other libraries can load."""
     signal: int = 0
     """The signal that asked for the stop, or 0."""
+    complete: bool = True
+    """Whether the training came to its end: its last step, or a callback's conclusion (early stopping)."""

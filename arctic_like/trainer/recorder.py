@@ -41,9 +41,7 @@ class Recorder:
         """
         if self._file is None:
             return
-        offset, step = (saved["offset"], saved["step"]) if saved else (0, -1)
-        for file in filter(None, (self._file, self._copy)):
-            file.rewind(offset if file is self._file else None, step)
+        self.rewind(saved or {"offset": 0, "step": -1})
         states = saved["trackers"] if saved else {}
         for tracker in self.trackers:
             tracker.start(
@@ -53,6 +51,14 @@ class Recorder:
                 total_steps=self._info.training_horizon,
                 state=states.get(tracker.name, {}),
             )
+
+    def rewind(self, saved: dict[str, Any]) -> None:
+        """Take back the lines behind those that a checkpoint knows of; trackers keep what they have.
+
+        saved: the checkpoint's `metrics` entry.
+        """
+        for file in filter(None, (self._file, self._copy)):
+            file.rewind(saved["offset"] if file is self._file else None, saved["step"])
 
     def write(self, line: dict[str, Any], *, kind: str) -> None:
         """One line. `kind`: "train", "evaluation", "epoch", "values"."""

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from arctic_like.checkpoint.layout import RUN_STATE, newest
+from arctic_like.checkpoint.retention import Monitored
 from arctic_like.errors import CheckpointError
 from arctic_like.registry import build
 from arctic_like.run_info import supply
@@ -30,6 +32,7 @@ class Saver:
         self.engines = [build(entry, "checkpoint") for entry in config.checkpoint if entry.enabled]
         self.exports: list[Path] = []
         self._due: list[Any] = []
+        self._saved: dict[int, tuple[int, int]] = {}
 
     def folder(self, engine: Any) -> Path:
         """Where an engine's `step-N` folders lie."""
@@ -38,9 +41,11 @@ class Saver:
 
     def due(
         self, trainer: Trainer, *, epoch_over: bool = False, at_end: bool = False,
-        at_stop: bool = False, on_request: bool = False,
+        at_stop: bool = False, on_request: bool = False, is_best: bool = False,
     ) -> bool:  # fmt: skip
         """Whether an engine is due now; `save` then writes with those that are.
+
+        at_stop, on_request, is_best: not with those that have written what is here already.
 
         At the last step only the end counts, so that the last state is written once, with all that
         follows the step in it.
@@ -49,8 +54,9 @@ class Saver:
         self._due = []
         for engine in self.engines:
             config = engine.config
-            if at_stop or on_request:
-                wanted = engine.resumable
+            if at_stop or on_request or is_best:
+                wanted = config.save_best if is_best else engine.resumable
+                wanted = wanted and self._saved.get(id(engine)) != trainer.moment
             elif at_end:
                 wanted = config.save_end_of_training
             else:
@@ -69,21 +75,32 @@ class Saver:
             directory = self.folder(engine) / f"step-{step}"
             trainer.emit("on_checkpoint_start")
             self.write(trainer, engine, directory)
+            self._saved[id(engine)] = trainer.moment
             if not engine.resumable and directory not in self.exports:
                 self.exports.append(directory)
             trainer.emit("on_checkpoint_end", directory)
         self._due = []
 
+    @property
+    def saves_best(self) -> bool:
+        """Whether an engine wants the best weights."""
+        return any(engine.config.save_best for engine in self.engines)
+
     def write(self, trainer: Trainer, engine: Any, directory: Path) -> None:
         """Write `directory` with one engine. Collective."""
+        monitor, step = trainer.numbers.monitor, trainer.global_step
+        monitored = Monitored.of(
+            monitor.metric, monitor.direction(), trainer.numbers.value_at(step)
+        )
         values: dict[str, Any] = {
+            "monitored": monitored,
             "directory": directory,
             "module": trainer.module,
             "tokenizer": trainer.tokenizer,
             "engines": {n: lr.engine for n, lr in trained(trainer).items()},
             "host": self._session.host,
             "barrier": self._session.host.barrier,
-            "step": trainer.global_step,
+            "step": step,
         }
         with contextlib.ExitStack() as stack:
             if engine.resumable:
@@ -91,6 +108,7 @@ class Saver:
             else:  # what others load: the weights to use
                 for learner in trained(trainer).values():
                     stack.enter_context(learner.evaluating())
+                stack.enter_context(trainer.around("around_export"))
             supply(engine.save, self._info, **values)
 
     def _state(self, trainer: Trainer) -> dict[str, Any]:
@@ -115,7 +133,7 @@ class Saver:
             "schedulers": {n: lr.scheduler.state_dict() for n, lr in trained(trainer).items()},
             "step_ledger": equipment.step_ledger.state_dict(),
             "epoch_ledger": equipment.epoch_ledger.state_dict(),
-            "callbacks": [c.state_dict() for c in equipment.callbacks.all],
+            "callbacks": [(c.name, c.state_dict()) for c in equipment.callbacks.all],
             "objects": {n: o.state_dict() for n, o in trainer.checkpoint_objects.items()},
             "trainer": trainer.get_extra_state(),
         }
@@ -157,6 +175,7 @@ class Saver:
         from arctic_like.engine.random_state import set_random_state
 
         saved = saved_state(directory)
+        self._saved = {}
         equipment, world = trainer.equipment, self._session.world
         engines = {n: lr.engine for n, lr in trained(trainer).items()}
         states = supply(
@@ -170,8 +189,9 @@ class Saver:
         sums = [mine] if same else (states if world.is_main else [])
         equipment.step_ledger.load_state_dict([state["step_ledger"] for state in sums])
         equipment.epoch_ledger.load_state_dict([state["epoch_ledger"] for state in sums])
-        for callback, state in zip(equipment.callbacks.all, mine["callbacks"], strict=False):
-            callback.load_state_dict(state)
+        _load_callbacks(
+            equipment.callbacks.all, [s["callbacks"] for s in states], own=world.rank if same else 0
+        )
         for name, thing in trainer.checkpoint_objects.items():
             thing.load_state_dict(_object_state(mine["objects"], name, directory))
         trainer.set_extra_state(mine["trainer"])
@@ -184,6 +204,20 @@ class Saver:
 def trained(trainer: Trainer) -> dict[str, Learner]:
     """The learners that checkpoints hold: those that are not frozen."""
     return {name: one for name, one in trainer.equipment.learners.items() if not one.frozen}
+
+
+def _load_callbacks(callbacks: list[Any], states: list[Any], *, own: int) -> None:
+    """Give each callback its state: the n-th of a name the n-th saved one; a new one begins anew.
+
+    states: of every rank that saved, (name, state) of each callback.
+    """
+    met: Counter[str] = Counter()
+    for callback in callbacks:
+        number = met[callback.name]
+        met[callback.name] += 1
+        found = [[state for name, state in its if name == callback.name] for its in states]
+        if all(number < len(its) for its in found):
+            callback.load_states([its[number] for its in found], own=own)
 
 
 def _object_state(states: dict[str, Any], name: str, directory: Path) -> Any:
