@@ -77,7 +77,9 @@ def terms_of(
 def _prefixed(terms: Terms, prefix: str) -> Terms:
     if not prefix:
         return terms
-    weighted = {name: (value, value.new_tensor(terms.weight)) for name, value in terms.sums.items()}
+    weighted = {
+        name: (value, value.new_full((), terms.weight)) for name, value in terms.sums.items()
+    }
     groups = {f"{prefix}{name}": pair for name, pair in {**weighted, **terms.groups}.items()}
     return Terms({}, 0.0, terms.first_bad, groups)
 

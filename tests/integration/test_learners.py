@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import random
 import sys
 from pathlib import Path
@@ -90,19 +89,61 @@ def test_two_ranks_at_any_stage_are_one_rank(runs: Path, name: str, stage: int) 
                 )
 
 
-def test_the_gan_moves_both_learners(runs: Path) -> None:
-    first, *_, last = train_lines(runs / "gan-0-1")
-    # begun without an opinion, both losses are those of a coin: log 2 each, two for the critic
-    assert first["loss"] == pytest.approx(math.log(2), rel=0.2)
-    assert last["critic/loss"] < first["critic/loss"] < 1.1 * 2 * math.log(2)
-    assert first["critic/grad_norm"] > 0 < first["grad_norm"]
+def test_a_gan_is_the_bare_loop(tmp_path: Path) -> None:
+    """Losses of both learners against plain torch: two modules, two AdamW, the same noise."""
+    import copy
+
+    import torch
+    import torch.nn.functional as F
+
+    from arctic_like import load_recipe
+    from arctic_like.api import execute
+    from arctic_like.data.order import key_of
+    from arctic_like.stop import StopRequest
+    from arctic_like.trainer.noise import normal_noise
+
+    content = {**example("gan"), "train_iters": 3, "critic_steps": 1}
+    content["deepspeed"] = {"zero_optimization": {"stage": 0}, "gradient_clipping": 0.0}
+    kept: dict[str, Any] = {}
+
+    def keep(trainer: Any) -> None:
+        kept["models"] = {name: copy.deepcopy(m) for name, m in trainer.named_models.items()}
+        kept["data"], kept["plan"] = trainer.equipment.data.train, trainer.equipment.plan
+
+    path = write_recipe(tmp_path / "recipe.yaml", content)
+    execute(
+        load_recipe(path), output_dir=tmp_path / "run", resume="", stop=StopRequest(), inspect=keep
+    )
+    generator, critic = kept["models"]["model"], kept["models"]["critic"]
+    optimizers = [
+        torch.optim.AdamW(m.parameters(), lr=5e-4, betas=(0.5, 0.99), weight_decay=0, eps=1e-8)
+        for m in (critic, generator)
+    ]
+    position, expected = 0, []
+    for step in range(3):
+        samples = [int(i) for i in kept["plan"].at(position).samples]
+        position += len(samples)
+        real = torch.stack([kept["data"][i][0] for i in samples])
+        first, second = (normal_noise(samples, [64], key=key_of(42, step, k)) for k in (0, 1))
+        made = generator(first).detach()
+        judged = F.softplus(-critic(real)).mean() + F.softplus(critic(made)).mean()
+        critic.zero_grad()
+        judged.backward()
+        optimizers[0].step()
+        loss = F.softplus(-critic(generator(second))).mean()
+        generator.zero_grad()
+        loss.backward()
+        optimizers[1].step()
+        expected.append((judged.item(), loss.item()))
+    found = [(line["critic/loss"], line["loss"]) for line in train_lines(tmp_path / "run")]
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
 
 
 def test_the_splats_grow_and_are_pruned(runs: Path) -> None:
     shown = [line["eval/gaussians"] for line in without_clocks(runs / "splats-2-2")
              if "eval/gaussians" in line]  # fmt: skip
-    assert shown[0] != 48, shown
-    assert len(set(shown)) > 1, shown
+    assert len(set(shown)) > 2, shown
 
 
 @pytest.mark.parametrize(
@@ -172,7 +213,7 @@ def test_distillation_is_the_formula_in_float64(tmp_path: Path) -> None:
             if target == -100:
                 continue
             count += 1
-            own, theirs = student[row, place].double(), teacher[row, place].double()
+            own, theirs = student[row, place].detach().double(), teacher[row, place].double()
             p, q = (theirs / 2).softmax(-1), (own / 2).softmax(-1)
             kl = float((p * (p.log() - q.log())).sum())
             total += 0.3 * -float(own.log_softmax(-1)[target]) + 0.7 * 4 * kl
