@@ -11,13 +11,14 @@ states, so that a setting changed on purpose holds. A changed `learning_rate` sc
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from arctic_like.errors import RecipeError, RunError
+from arctic_like.errors import Problem, RecipeError, RunError
 from arctic_like.registry import build
 from arctic_like.run_info import RunInfo, supply
 from arctic_like.scheduler.base import SchedulerConfig
+from arctic_like.scheduler.refusals import below, check_first_epoch, check_groups, check_interval
 from arctic_like.scheduler.view import Group, view_of
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ class Schedules:
         self._monitored = monitored
         have = {group.get(key, DEFAULT) for group in optimizer.param_groups}
         self.names = [name for name in (DEFAULT, *groups) if name in have]
-        _check_groups(optimizer, groups, have)
+        check_groups(optimizer, groups, have)
         self._stated_rates = [float(group["lr"]) for group in optimizer.param_groups]
         own = {name for name, config in groups.items() if config is not None}
         self.schedules: list[Schedule] = []
@@ -81,7 +82,7 @@ class Schedules:
                 try:
                     self._add(name, config, view, info, direction)
                 except RecipeError as error:
-                    raise _below(error, f"optimizer.groups.{number}.") from error
+                    raise below(error, f"optimizer.groups.{number}.") from error
         self._start = [_scalars(group) for group in optimizer.param_groups]
 
     def _add(
@@ -95,6 +96,7 @@ class Schedules:
         lengths = config.lengths(
             total_steps=info.training_horizon or 1, steps_per_epoch=info.steps_per_epoch
         )
+        stated = [float(group["lr"]) for group in view.param_groups]
         part = build(config, "scheduler")
         scheduler = supply(
             part.build,
@@ -106,14 +108,9 @@ class Schedules:
             epochs=lengths.epochs,
             mode=direction(config.metric or self._monitored),
         )
-        _check_interval(config, scheduler)
-        rates = [group["lr"] for group in view.param_groups]
-        if config.interval == "epoch" and not any(rates) and any(self._stated_rates):
-            raise RecipeError(
-                _wrong("is 'epoch', and the whole first epoch would have a learning rate of 0",
-                       "interval", "set scheduler.warmup_ratio to 0, or take wsd or "
-                       "cosine_with_floor, whose warm-up begins above 0")
-            )  # fmt: skip
+        check_interval(config, scheduler)
+        rates = [float(group["lr"]) for group in view.param_groups]
+        check_first_epoch(config, stated=stated, rates=rates)
         self.schedules.append(Schedule(name, config, scheduler))
 
     # What it says ---------------------------------------------------------------------------------
@@ -222,12 +219,14 @@ class Schedules:
             if was != now:
                 number = self.names.index(schedule.name) - (DEFAULT in self.names)
                 prefix = f"optimizer.groups.{number}." if schedule.name else ""
-                problem = _wrong(
-                    f"was {was[0]} by {was[1]} when the checkpoint was saved and is {now[0]} by "
-                    f"{now[1]} now: it has no state to go on from", "type",
-                    "put it back, or start a new run from an export",
-                )  # fmt: skip
-                problems.append(replace(problem, place=prefix + problem.place))
+                problems.append(
+                    Problem(
+                        f"was {was[0]} by {was[1]} when the checkpoint was saved and is {now[0]} by "
+                        f"{now[1]} now: it has no state to go on from",
+                        f"{prefix}scheduler.type",
+                        "put it back, or start a new run from an export",
+                    )
+                )
         if problems:
             raise RecipeError(problems)
 
@@ -253,50 +252,6 @@ class Schedules:
                     setattr(schedule.scheduler, name, scaled)
 
 
-def needs_metric(scheduler: Any) -> bool:
-    """Whether a scheduler's `step` cannot be called without a metric."""
-    import inspect
-
-    first = next(iter(inspect.signature(scheduler.step).parameters.values()), None)
-    return (
-        first is not None
-        and first.default is first.empty
-        and first.kind is not first.VAR_POSITIONAL
-    )
-
-
-def _check_interval(config: SchedulerConfig, scheduler: Any) -> None:
-    if needs_metric(scheduler) == (config.interval == "metric"):
-        return
-    name = type(scheduler).__qualname__
-    if config.interval == "metric":
-        problem = _wrong(
-            f"is 'metric', but {name} follows no metric", "interval", "set it to step or epoch"
-        )
-    else:
-        problem = _wrong(
-            f"is {config.interval!r}, but {name} follows a metric", "interval", "set it to metric"
-        )
-    raise RecipeError(problem)
-
-
-def _check_groups(optimizer: Optimizer, groups: Mapping[str, Any], have: set[str]) -> None:
-    missing = [name for name in groups if name not in have]
-    if missing:
-        raise RecipeError(
-            replace(
-                _wrong(
-                    f"has {', '.join(map(repr, missing))}, but {type(optimizer).__qualname__} was "
-                    "built without",
-                    "",
-                    "its factory must take its groups from "
-                    "arctic_like.optimizer.groups.parameter_groups",
-                ),
-                place="optimizer.groups",
-            )
-        )
-
-
 def _is_named(key: str, name: str) -> Callable[[Group], bool]:
     return lambda group: group.get(key, DEFAULT) == name
 
@@ -317,16 +272,3 @@ def _scalars(group: Group) -> dict[str, Any]:
 
 def _class_name(scheduler: Any) -> str:
     return type(scheduler).__qualname__
-
-
-def _wrong(message: str, key: str, hint: str) -> Any:
-    from arctic_like.errors import Problem
-
-    return Problem(message, f"scheduler.{key}", hint)
-
-
-def _below(error: RecipeError, prefix: str) -> RecipeError:
-    """The same problems, at the place of a group's own schedule."""
-    return RecipeError(
-        [replace(problem, place=prefix + problem.place) for problem in error.problems]
-    )

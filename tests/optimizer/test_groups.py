@@ -151,3 +151,17 @@ def test_an_update_is_that_of_two_optimizers() -> None:
                 optimizer.step()
     torch.testing.assert_close(one.weight, other.weight)
     torch.testing.assert_close(one.bias, other.bias)
+
+
+def test_a_resume_refuses_other_patterns_and_takes_other_settings() -> None:
+    from arctic_like.trainer.continuity import check_continuity
+
+    def of(*groups: dict[str, Any]) -> dict[str, Any]:
+        return {"optimizer": {"groups": list(groups)}}
+
+    saved = {"recipe": of({"match": "embed", "learning_rate": 0.1})}
+    found = check_continuity(saved, of({"match": "embed", "learning_rate": 0.2}), allow=False)
+    assert found == ["optimizer.groups.0.learning_rate: 0.1 → 0.2"]
+    for other in (of({"match": "head"}), of(), of({"match": "embed"}, {"match": "head"})):
+        with pytest.raises(RecipeError, match=r"optimizer\.groups\.\d\.match"):
+            check_continuity(saved, other, allow=False)

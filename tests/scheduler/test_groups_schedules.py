@@ -302,6 +302,22 @@ def test_the_metric_and_its_direction() -> None:
     )
 
 
+def test_a_schedule_reads_the_rate_of_its_own_group() -> None:
+    """transformers' polynomial ends at an absolute rate, which it relates to the optimizer's."""
+    polynomial = config_of(
+        type="huggingface", name="polynomial", warmup_steps=0,
+        scheduler_specific_kwargs={"power": 1.0, "lr_end": 0.01},
+    )  # fmt: skip
+    seen = run(schedules(sgd(RATE, 0.04), config_of(type="wsd"), {"a": polynomial}))
+    expected = [0.01 + 0.03 * (1 - step / TOTAL) for step in range(TOTAL)]
+    assert [rates["learning_rate/a"] for rates in seen] == pytest.approx(expected, rel=1e-12)
+
+
+def test_a_group_may_stand_still_by_epochs() -> None:
+    still = config_of(type="huggingface", name="linear", interval="epoch", warmup_steps=0)
+    assert run(schedules(sgd(RATE, 0.0), config_of(type="wsd"), {"a": still}))
+
+
 def test_a_metric_that_is_not_measured() -> None:
     one = schedules(sgd(RATE), config_of(type="plateau", metric="eval/acuracy"))
     with pytest.raises(RunError, match=r"'eval/acuracy'.*eval/accuracy"):
@@ -310,6 +326,9 @@ def test_a_metric_that_is_not_measured() -> None:
     for results in ({"eval/loss": 1.0}, {}, {"eval/loss": 2.0}):  # one without it is passed over
         late.after_evaluation(results)
     assert late.learning_rates()["learning_rate"] == pytest.approx(RATE / 10)
+    resumed = schedules(sgd(RATE), config_of(type="plateau", patience=0))
+    resumed.load_state_dict(late.state_dict())
+    resumed.after_evaluation({})
 
 
 @pytest.mark.parametrize(
