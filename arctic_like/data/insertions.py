@@ -20,6 +20,12 @@ from arctic_like.data.turns import Probe, Turn, TurnFinder, Unclear, sentinels, 
 
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 _CLOSE = "</think>"
+_STRIPPED: dict[str, tuple[str | None, str | None]] = {
+    "whole": ("", ""), "stripped": (None, None), "newlines": ("\n", "\n"),
+    "left": (None, ""), "left newlines": ("\n", ""), "right": ("", None),
+    "right newlines": ("", "\n"),
+}  # fmt: skip
+"""Way → what is stripped off the left and the right of a content; None is white space."""
 _WAYS = ("whole", "stripped", "newlines", "behind thoughts", "behind thoughts, stripped", "inside")
 
 
@@ -97,7 +103,7 @@ def find_stretches(
     wanted: message → characters of its content. A stretch that the template does not write (an
     earlier turn's thoughts, say) is left out. Raises Unclear where sentinels do not show them.
     """
-    for way in ("whole", "stripped", "newlines"):
+    for way in _STRIPPED:
         signs = _Signs(text, messages)
         marked = list(messages)
         pairs: dict[int, list[tuple[str, str]]] = {}
@@ -279,16 +285,21 @@ def _behind(value: Any, signs: _Signs, mine: list[str]) -> Any:
 
 def _bounds(content: str, way: str) -> Span:
     """Where the sentinels around a content stand in it: inside what is stripped off it."""
-    if way == "whole":
-        return 0, len(content)
-    at = (
-        content.rfind(_CLOSE) + len(_CLOSE) if way.startswith("behind") and _CLOSE in content else 0
-    )
-    if way == "behind thoughts":
-        return (len(content) - len(content[at:].lstrip("\n")) if at else 0), len(content)
-    strip = "\n" if way == "newlines" else None
-    first = len(content) - len(content[at:].lstrip(strip))
-    return first, max(first, len(content.rstrip(strip)))
+    if way in _STRIPPED:
+        return _inside_strips(content, *_STRIPPED[way])
+    if _CLOSE not in content or way == "inside":
+        return _bounds(content, "whole" if way == "behind thoughts" else "stripped")
+    at = content.rfind(_CLOSE) + len(_CLOSE)
+    strips = ("\n", "") if way == "behind thoughts" else (None, None)
+    first, last = _inside_strips(content[at:], *strips)
+    return at + first, at + last
+
+
+def _inside_strips(content: str, left: str | None, right: str | None) -> Span:
+    """The bounds of a content without some characters on each side; None is white space."""
+    first = len(content) - len(content.lstrip(left)) if left != "" else 0
+    last = len(content.rstrip(right)) if right != "" else len(content)
+    return first, max(first, last)
 
 
 def _with(content: str, at: Sequence[tuple[int, str]]) -> str:
