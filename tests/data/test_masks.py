@@ -349,6 +349,17 @@ def test_a_stretch_of_what_is_stripped_on_one_side():
     assert template.trained([talk, {**said, "train": [[0, 1]]}]).spans == []
 
 
+def test_a_content_that_moves_the_end_without_changing_the_length():
+    """The skeleton must make up the text to the letter, not only as many letters."""
+    template = with_template(
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+        "{{ '<|im_end|>!' if 'b' in m.content else '!<|im_end|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    rendered = template.trained(TALK)
+    assert [rendered.text[a:b] for a, b in rendered.spans] == ["a!<|im_end|>", "b<|im_end|>"]
+
+
 def test_tool_calls():
     """Calls that a template writes behind the content belong to the turn, up to its end token."""
     template = with_template(
