@@ -270,8 +270,13 @@ class GroupedPlan:
 
     @property
     def global_batch_size(self) -> int:
-        """Samples of a full global batch. It may not change within an epoch: see `at`."""
+        """Samples of a full global batch."""
         return self.plan.global_batch_size
+
+    @property
+    def is_of_one_batch_size(self) -> bool:
+        """Another global batch size has other windows: a run keeps its own."""
+        return True
 
     @property
     def samples_per_epoch(self) -> int:

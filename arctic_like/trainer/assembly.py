@@ -21,7 +21,7 @@ from arctic_like.metrics.ledger import Ledger
 from arctic_like.registry import build
 from arctic_like.run_info import RunInfo, supply
 from arctic_like.trainer.config import resolve_batch
-from arctic_like.trainer.continuity import check_continuity, check_samples
+from arctic_like.trainer.continuity import check_batch_size, check_continuity, check_samples
 from arctic_like.trainer.learner import Learner
 from arctic_like.trainer.measured import check_measured
 from arctic_like.trainer.preparation import build_data, build_tokenizer
@@ -140,6 +140,7 @@ def assemble(trainer: Trainer, session: Session) -> Equipment:
     plan, loader = _loader(config, info, data)
     if resumed:
         check_samples(resumed, samples=plan.size, allow=config.allow_changes)
+        check_batch_size(resumed, plan)
     total, warmup = _horizon(config, plan, data)
     info = replace(
         info, steps_per_epoch=plan.batches_per_epoch, training_horizon=total, warmup_steps=warmup,

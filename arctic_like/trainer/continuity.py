@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from arctic_like.errors import Problem, RecipeError
+
+if TYPE_CHECKING:
+    from arctic_like.data.order import Plan
 
 REFUSED = (
     "type", "seed", "model", "ref_model", "tokenizer", "data", "optimizer.type",
@@ -88,6 +91,20 @@ def check_samples(saved: Mapping[str, Any], *, samples: int, allow: bool) -> Non
                 place="data.sources",
                 hint="put the files back, start a new run in another output_dir, "
                 "or set allow_changes: true",
+            )
+        )
+
+
+def check_batch_size(saved: Mapping[str, Any], plan: Plan) -> None:
+    """Raise RecipeError if the global batch size changed and the order of samples depends on it."""
+    before, now = saved["global_batch_size"], plan.global_batch_size
+    if before != now and getattr(plan, "is_of_one_batch_size", False):
+        raise RecipeError(
+            Problem(
+                f"was {before} when the checkpoint was saved and is {now} now, but with "
+                "data.group_by_length an epoch's batches are made for one size",
+                place="global_batch_size",
+                hint=f"set it to {before}, or start a new run in another output_dir",
             )
         )
 
