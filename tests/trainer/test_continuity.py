@@ -1,0 +1,19 @@
+"""What a resume refuses: an order of samples that belongs to another global batch size."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from arctic_like.data.order import BatchPlan, GroupedPlan
+from arctic_like.errors import RecipeError
+from arctic_like.trainer.continuity import check_batch_size
+
+
+def test_batches_of_like_length_keep_their_size() -> None:
+    saved = {"global_batch_size": 8}
+    plain = BatchPlan(100, 4, 0)
+    check_batch_size(saved, plain)  # any order of single samples goes on
+    check_batch_size(saved, GroupedPlan(BatchPlan(100, 8, 0), np.arange(100), 0))
+    with pytest.raises(RecipeError, match=r"global_batch_size: was 8 .* is 4 now"):
+        check_batch_size(saved, GroupedPlan(plain, np.arange(100), 0))
