@@ -18,6 +18,7 @@ from pydantic.fields import FieldInfo
 from arctic_like import registry
 from arctic_like.config.base import Config
 from arctic_like.config.docs import attribute_docs, describe
+from arctic_like.config.delta import Delta
 from arctic_like.config.interval import Interval
 from arctic_like.registry.choice import Choice
 from arctic_like.trainer.config import TrainerConfig
@@ -170,7 +171,7 @@ def kind(annotation: Any, metadata: Any, inner: dict[str, type[Config]]) -> str:
         return f"[{annotation.__name__}](#{annotation.__name__.lower()})"
     words = {
         int: "whole number", float: "number", str: "text", bool: "true or false", Path: "path",
-        Interval: "interval", Any: "any", type(None): "null",
+        Interval: "interval", Delta: "difference", Any: "any", type(None): "null",
     }  # fmt: skip
     return words.get(annotation, getattr(annotation, "__name__", str(annotation)))
 

@@ -82,6 +82,9 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "onnx": "arctic_like.checkpoint.exporters:ONNXExporter",
     },
     "callback": {
+        "early_stopping": "arctic_like.callbacks.early_stopping:EarlyStopping",
+        "spike_detection": "arctic_like.callbacks.spikes:SpikeDetection",
+        "overfitting_warning": "arctic_like.callbacks.overfitting:OverfittingWarning",
         "exact_match": "arctic_like.callbacks.exact_match:ExactMatch",
     },
     "tracker": {
