@@ -86,7 +86,7 @@ class Engine:
             return
         for parameter in self._trained:
             parameter.requires_grad_(True)
-        with _no_update(self.base_optimizer):
+        with _no_update(self.base_optimizer), _no_memory_reports():
             self.engine, *_ = deepspeed.initialize(
                 model=self.module, optimizer=self.base_optimizer,
                 config=copy.deepcopy(self._config), dist_init_required=False,
@@ -359,18 +359,19 @@ class Engine:
     def close(self) -> None:
         """Take DeepSpeed off the module: hooks, buffers, what ZeRO-3 left in submodules."""
         self.forget_layout()
-        engine = self.engine
+        engine, self.engine = self.engine, None
         if engine is None or engine is self.module:
             return
-        if self.zero_stage == 3:
-            engine.empty_partition_cache()
+        access.release(engine, self.zero_stage)
         engine.destroy()
         for hook in (engine.module_forward_pre_hook, engine.module_forward_post_hook):
             hook.remove()
         _forget_zero(self.module)
-        # Collected some time later, it would destroy once more, and with it what the next one made.
+        # Hooks and engine refer to each other, so that the collector finds them some time later. Their
+        # tensors go now; and what is collected then must not destroy what the next engine made.
+        if engine.optimizer is not self.base_optimizer:
+            vars(engine.optimizer).clear()
         engine.optimizer = engine.basic_optimizer = engine.client_optimizer = None
-        self.engine = None
 
     def _expect_optimizer(self) -> Optimizer:
         if self.base_optimizer is None:
@@ -396,6 +397,20 @@ def _no_update(optimizer: Optimizer | None) -> Iterator[None]:
         del vars(optimizer)["step"]
         if own is not None:
             vars(optimizer)["step"] = own
+
+
+@contextlib.contextmanager
+def _no_memory_reports() -> Iterator[None]:
+    """DeepSpeed's optimizer for stage 1 in bf16 prints its memory seven times, asked or not, and collects
+    garbage each time: a second and a half for every engine."""
+    from deepspeed.runtime import bf16_optimizer
+
+    report = bf16_optimizer.see_memory_usage
+    bf16_optimizer.see_memory_usage = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        bf16_optimizer.see_memory_usage = report
 
 
 def _forget_zero(module: nn.Module) -> None:

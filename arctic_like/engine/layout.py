@@ -304,7 +304,7 @@ def loss_scale(engine: Any) -> float:
         return float(scaler.get_scale())
     if getattr(optimizer, "custom_loss_scaler", False):
         return float(optimizer.external_loss_scale)
-    return float(getattr(optimizer, "loss_scale", 1.0))
+    return float(getattr(optimizer, "loss_scale", None) or 1.0)  # None: FP16_Optimizer in bf16
 
 
 def shape_of(parameter: nn.Parameter) -> tuple[int, ...]:

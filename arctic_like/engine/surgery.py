@@ -8,7 +8,6 @@ hyper-parameters of groups stay valid. Everything that DeepSpeed counts goes ove
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -315,8 +314,6 @@ def _renew(engine: Engine, values: Mapping[nn.Parameter, Tensor]) -> None:
     device = engine.device
     flags = {parameter: parameter.requires_grad for parameter in engine.module.parameters()}
     engine.close()
-    del old, ds_optimizer
-    gc.collect()  # hooks and engine refer to each other; the old shares must go before the new come
     for parameter, value in values.items():
         _replace(parameter, value.to(device, parameter.dtype))
     engine.regroup()
