@@ -220,11 +220,12 @@ def test_schedule_free_is_evaluated_at_its_average(runs: Runs, stage: int) -> No
     )
 
 
-@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("stage", [0, 1, 2])
 def test_schedule_free_in_low_precision(runs: Runs, stage: int) -> None:
-    """Each stage keeps its fp32 weights elsewhere (stage 0: each parameter's; 1: BF16_Optimizer)."""
-    plain, other = runs.folder / "free-bf16-0", runs.folder / f"free-bf16-{stage}"
-    assert evaluations(other) == pytest.approx(evaluations(plain), rel=5e-3)
+    """Each stage keeps its fp32 weights elsewhere (0: each parameter's; 1: BF16_Optimizer). At the weights
+    it trains with, the evaluation would be off by up to 2.6e-2."""
+    plain, other = runs.folder / "free-one", runs.folder / f"free-bf16-{stage}"
+    assert evaluations(other) == pytest.approx(evaluations(plain), rel=1e-3)
 
 
 def test_an_evaluation_and_an_export_change_no_step(runs: Runs) -> None:
