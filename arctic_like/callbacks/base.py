@@ -38,8 +38,9 @@ in the recipe's order). This is the whole run:
     on_run_end(result)
 
 Besides, when they happen: on_checkpoint_loaded(path), on_stop_requested(reason),
-on_interrupt, on_exception(error), on_non_finite(error), which may answer True, on_weights_loaded(path), on_resize_start(learner, rows) and on_resize_end(learner, rows)
-around a change of parameters' shapes (`trainer.resize`).
+on_interrupt, on_exception(error), on_non_finite(error), which may answer True,
+on_weights_loaded(path), on_resize_start(learner, rows) and on_resize_end(learner, rows) around a
+change of parameters' shapes (`trainer.resize`).
 
 `around_step`, `around_evaluate` (tests too) and `around_export` (weights that are written for others)
 return a context manager or None; what they return is entered before the moments that the bracket spans

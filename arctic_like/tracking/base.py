@@ -52,6 +52,11 @@ class Tracker(Part, family="tracker"):
     def image(self, step: int, name: str, array: Any) -> None:
         """An image: numpy array (height, width) or (height, width, 3), uint8 or floats in 0…1."""
 
+    def histogram(
+        self, step: int, name: str, counts: Sequence[int], edges: Sequence[float]
+    ) -> None:
+        """A distribution: so many values between two of the `len(counts) + 1` edges, which rise."""
+
     def state(self) -> dict[str, Any]:
         """What `start` needs to go on with the same run; plain values, kept in each checkpoint."""
         return {}
@@ -93,6 +98,12 @@ class Guarded:
     def image(self, step: int, name: str, array: Any) -> None:
         """As `Tracker.image`."""
         self._safely(self.tracker.image, step, name, array)
+
+    def histogram(
+        self, step: int, name: str, counts: Sequence[int], edges: Sequence[float]
+    ) -> None:
+        """As `Tracker.histogram`."""
+        self._safely(self.tracker.histogram, step, name, counts, edges)
 
     def state(self) -> dict[str, Any]:
         """As `Tracker.state`; empty where it failed."""

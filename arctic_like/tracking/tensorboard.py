@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,18 @@ class TensorBoardTracker(Tracker):
     def image(self, step: int, name: str, array: Any) -> None:
         """See `Tracker.image` for shapes."""
         self._writer.add_image(name, array, step, dataformats="HW" if array.ndim == 2 else "HWC")
+
+    def histogram(
+        self, step: int, name: str, counts: Sequence[int], edges: Sequence[float]
+    ) -> None:
+        """Under histograms and distributions; sums are taken at the middles of the bins."""
+        middles = [(low + high) / 2 for low, high in itertools.pairwise(edges)]
+        self._writer.add_histogram_raw(
+            name, min=edges[0], max=edges[-1], num=sum(counts), global_step=step,
+            sum=sum(m * c for m, c in zip(middles, counts, strict=True)),
+            sum_squares=sum(m * m * c for m, c in zip(middles, counts, strict=True)),
+            bucket_limits=list(edges[1:]), bucket_counts=list(counts),
+        )  # fmt: skip
 
     def state(self) -> dict[str, Any]:
         """The last step that was written."""

@@ -71,6 +71,13 @@ class WandbTracker(Tracker):
         """As a wandb.Image."""
         self._run.log({"step": step, name: self._wandb.Image(array)})
 
+    def histogram(
+        self, step: int, name: str, counts: Sequence[int], edges: Sequence[float]
+    ) -> None:
+        """As a wandb.Histogram."""
+        histogram = self._wandb.Histogram(np_histogram=(list(counts), list(edges)))
+        self._run.log({"step": step, name: histogram})
+
     def state(self) -> dict[str, Any]:
         """The run's id."""
         return {"id": self._run.id}
