@@ -26,6 +26,8 @@ LIBRARIES = ("DeepSpeed", "transformers", "datasets", "huggingface_hub", "accele
 _FILE_FORMAT = "{time:YYYY-MM-DD HH:mm:ss.SSS} {level: <8} {name}:{function}:{line} {message}"
 _console: Console | None = None
 _sinks: list[int] = []
+_said_from: str | None = None
+"""The least severe level that this rank says on the console; None where it says nothing."""
 _undo: list[Callable[[], None]] = []
 
 
@@ -40,6 +42,12 @@ def console() -> Console:
             force_terminal=live, force_jupyter=False, width=None if live else 80, highlight=False
         )
     return _console
+
+
+def terminal() -> Console | None:
+    """The console for a display that moves: if it is a terminal, and this rank says INFO on it."""
+    live = _said_from is not None and _severity(_said_from) <= logging.INFO
+    return console() if live and sys.stdout.isatty() else None
 
 
 def setup_logging(
@@ -57,12 +65,13 @@ def setup_logging(
     """
     from loguru import logger
 
-    global _console
+    global _console, _said_from
     close_logging()
     _console = None
     with contextlib.suppress(ValueError):
         logger.remove(0)  # loguru's own; others belong to the user's process
     if _among(rank, print_output_ranks):
+        _said_from = level
         _sinks.append(
             logger.add(_print, level=level, format=_console_format(rank), filter=_for_console,
                        backtrace=False, diagnose=False)
@@ -82,6 +91,8 @@ def close_logging() -> None:
     """Give `logging` and `warnings` back and close our sinks. Does nothing if none are open."""
     from loguru import logger
 
+    global _said_from
+    _said_from = None
     while _undo:
         _undo.pop()()
     while _sinks:

@@ -163,8 +163,8 @@ class ExactMatch(Callback):
 def read_tasks(config: ExactMatchConfig, tokenizer: PreTrainedTokenizerBase) -> list[Task]:
     """The prompts of the source, in its order. Raises RecipeError naming the row that is wrong."""
     from arctic_like.data.base import SourceConfig, make_source, usable
-    from arctic_like.data.prepare import chosen_rows
     from arctic_like.data.shapes import RowError, conversation
+    from arctic_like.data.tokenise import chosen_rows
 
     source = cast(SourceConfig, config.source)
     rows = list(itertools.islice(usable(chosen_rows(make_source(source))), config.limit))

@@ -227,7 +227,6 @@ class DataConfig(PartConfig):
         "cache_processed_data": "tokenised data is always cached",
     }
     not_yet = {
-        "repeat_to_pack_max_length": "raise `epochs`, or repeat the source in data.sources",
         "fuse_positions_prob": "nothing replaces it: packed documents never see each other",
         "sample_weighted_loss": "the loss is the mean over all trained tokens; a trainer of your "
         "own may weigh them otherwise (`weight`)",
@@ -323,8 +322,9 @@ class DataConfig(PartConfig):
     seed: HumanInt | None = None
     """Order of samples and what is held out; the recipe's `seed` unless given."""
 
-    num_proc: HumanInt = Field(default=1, ge=1)
-    """Processes that render and tokenise; one uses the tokenizer's own threads."""
+    num_proc: HumanInt | None = Field(default=None, ge=0)
+    """Processes that render and tokenise; one for each core (but one in all for a stream, beside
+    which the cores train) if 0 or not given. One uses the tokenizer's own threads."""
 
     dl_num_workers: HumanInt = Field(default=0, ge=0)
     """Processes on each rank that put batches together ahead of time."""
@@ -349,7 +349,8 @@ class DataConfig(PartConfig):
     """Has no effect: tokenised data is always cached."""
 
     repeat_to_pack_max_length: bool = False
-    """Repeat a small set until it fills one sample. Not built yet."""
+    """Repeat the documents of a training set that do not fill one sample of `max_length` until it
+    is full. Needs `pack_samples`."""
 
     sample_weighted_loss: bool = False
     """Weigh every sample of a pack alike, in place of every token. Not built yet."""
@@ -369,6 +370,16 @@ class DataConfig(PartConfig):
     def _masked_one_way(self) -> DataConfig:
         if self.given("mask_inputs") and self.train_on is not None:
             raise wrong("and train_on are both given", place="mask_inputs", hint="keep train_on")
+        return self
+
+    @model_validator(mode="after")
+    def _repeated_packs(self) -> DataConfig:
+        if self.repeat_to_pack_max_length and not self.pack_samples:
+            raise wrong(
+                "is on, but nothing is packed",
+                place="repeat_to_pack_max_length",
+                hint="leave it out, or set pack_samples: true",
+            )
         return self
 
     @model_validator(mode="after")
@@ -405,6 +416,7 @@ class DataConfig(PartConfig):
         for key, stated, hint in (
             ("train_eval_split", self.train_eval_split[1] > 0, "name eval_sources"),
             ("group_by_length", self.group_by_length, "set max_tokens_per_batch"),
+            ("repeat_to_pack_max_length", self.repeat_to_pack_max_length, "leave it out"),
             ("mix_until", self.given("mix_until"), "leave it out: a stream has no epochs"),
             ("drop_last", self.drop_last, "leave it out: a stream has no epochs"),
             ("fail_on_missing_cache", self.fail_on_missing_cache, "leave it out"),

@@ -1,12 +1,14 @@
 """A folder of prepared data: entries under keys of everything that shapes them, whole or absent.
 
-    <root>/<kind>/<key>/          the entry; `complete.json` in it is written last
-    <root>/<kind>/<key>.lock      held (flock) by the process that prepares it; says which that is
-    <root>/<kind>/<key>.error     why the last attempt failed, for those that wait
+    <root>/<kind>/<key>/                  the entry; `complete.json` in it is written last
+    <root>/<kind>/<key>.tmp-<host>-<pid>/ where it is made; with `progress.json` the next one goes on
+    <root>/<kind>/<key>.lock              held (flock) by the process that prepares it
+    <root>/<kind>/<key>.error             why the last attempt failed, for those that wait
 
 No collective is involved: whoever takes the lock prepares, all others look at the file system. The
 lock falls with its process, so nothing that crashed is in the way. Where a file system keeps locks
 to one node, several nodes may prepare the same entry; each writes aside, and the first rename wins.
+What a process of another node left is therefore copied, never taken: that one may be alive.
 """
 
 from __future__ import annotations
@@ -18,18 +20,25 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from arctic_like.errors import WRONG, ArcticError, RecipeError, RunError
 
+VERSION = 2
+"""Of the format. Part of every key and marker; goes up when the same rows would become other tokens,
+samples or files."""
+
 MARKER = "complete.json"
+PROGRESS = "progress.json"
 ENVIRONMENT = "ARCTIC_LIKE_CACHE"
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 _POLL_SECONDS = 0.2
 _TELL_SECONDS = 60.0
+_ABANDONED_SECONDS = 24 * 3600.0
+"""What another node left and did not touch for so long is removed."""
 
 
 def root(cache_dir: Path | None) -> Path:
@@ -52,21 +61,31 @@ def key_of(content: Any) -> str:
     return str(xxhash.xxh3_128_hexdigest(text.encode()))
 
 
-def file_hash(path: Path) -> str:
-    """xxh3 (128 bits) of a file's content, read in pieces."""
-    import xxhash
-
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return str(digest.hexdigest())
-
-
 def facts(entry: Path) -> dict[str, Any]:
     """What the preparing process wrote into the entry's marker."""
     content: dict[str, Any] = json.loads((entry / MARKER).read_text())
+    del content["version"]
     return content
+
+
+def progress(folder: Path) -> dict[str, Any] | None:
+    """What an attempt that was interrupted last noted in the folder that `prepare` got; None at a
+    first one."""
+    try:
+        noted: dict[str, Any] = json.loads((folder / PROGRESS).read_text())
+    except (OSError, ValueError):
+        return None
+    return noted
+
+
+def note_progress(folder: Path, content: dict[str, Any]) -> None:
+    """Note how far `prepare` is, after what it wrote has reached the disk. From then on the folder
+    survives whatever ends the process, and the next attempt gets it as it is.
+
+    content: `rows`, a number that grows, and what else `prepare` wants to know. Files in the folder
+    that end in .bin are only ever added to.
+    """
+    _write(folder / PROGRESS, content)
 
 
 def obtain(
@@ -79,12 +98,12 @@ def obtain(
 ) -> Path:
     """The complete entry `folder/key`, made by `prepare` here or in another process.
 
-    prepare: fills an empty folder and returns facts for the marker. Raises RecipeError where the
-    entry is not there and `missing_ok` is false, and whatever `prepare` raised, also in those that
-    waited.
+    prepare: fills a folder and returns facts for the marker. The folder is empty, or as the attempt
+    before left it when it had noted some progress. Raises RecipeError where the entry is not there
+    and `missing_ok` is false, and whatever `prepare` raised, also in those that waited.
     """
     entry = folder / key
-    if (entry / MARKER).is_file():
+    if is_complete(entry):
         with suppress(OSError):  # a cache that one may only read
             os.utime(entry)  # when it was last used, for whoever tidies up
         return entry
@@ -95,16 +114,25 @@ def obtain(
         )
     folder.mkdir(parents=True, exist_ok=True)
     started = time.time()
-    with _lock(entry) as taken:
-        while not taken():
-            if (entry / MARKER).is_file():
+    with _Lock(entry) as lock:
+        while not lock.take():
+            if is_complete(entry):
                 return entry
             _raise_failure(entry, since=started)
             time.sleep(_POLL_SECONDS)
-        if not (entry / MARKER).is_file():
+        if not is_complete(entry):
             _raise_failure(entry, since=started)
-            _prepare(entry, prepare)
+            _prepare(entry, prepare, alone=lock.alone)
     return entry
+
+
+def is_complete(entry: Path) -> bool:
+    """Whether an entry is whole, and written in this version's format."""
+    try:
+        content = json.loads((entry / MARKER).read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and content.get("version") == VERSION
 
 
 def await_entry(entry: Path, *, since: float, alive: Callable[[], None] | None = None) -> Path:
@@ -114,7 +142,7 @@ def await_entry(entry: Path, *, since: float, alive: Callable[[], None] | None =
     gone. Raises what made it fail, as `obtain`.
     """
     pause = 0.005
-    while not (entry / MARKER).is_file():
+    while not is_complete(entry):
         _raise_failure(entry, since=since)
         if alive is not None:
             alive()
@@ -123,28 +151,85 @@ def await_entry(entry: Path, *, since: float, alive: Callable[[], None] | None =
     return entry
 
 
-def _prepare(entry: Path, prepare: Callable[[Path], dict[str, Any]]) -> None:
-    _remove_leftovers(entry)
+def _prepare(entry: Path, prepare: Callable[[Path], dict[str, Any]], *, alone: bool) -> None:
+    """alone: no other process of this machine prepares the entry."""
     with suppress(FileNotFoundError):
         _beside(entry, ".error").unlink()
     aside = _beside(entry, f".tmp-{socket.gethostname()}-{os.getpid()}")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
+    _take_over(entry, aside, alone=alone)
+    aside.mkdir(exist_ok=True)
     try:
         content = prepare(aside)
         for path in aside.iterdir():
             _sync(path)
-        _write(aside / MARKER, content)
+        _write(aside / MARKER, {"version": VERSION, **content})
+        (aside / PROGRESS).unlink(missing_ok=True)
+        if entry.exists() and not is_complete(entry):
+            shutil.rmtree(entry, ignore_errors=True)  # of another format, or half removed
         try:
             aside.rename(entry)
         except OSError:
-            if not (entry / MARKER).is_file():
+            if not is_complete(entry):
                 raise
+            shutil.rmtree(aside, ignore_errors=True)
     except BaseException as error:
-        _write(_beside(entry, ".error"), _failure(error))
+        if not (aside / PROGRESS).exists():
+            shutil.rmtree(aside, ignore_errors=True)
+        with suppress(OSError):  # a full disk, say, which is the error
+            _write(_beside(entry, ".error"), _failure(error))
         raise
-    finally:
+
+
+def _take_over(entry: Path, aside: Path, *, alone: bool) -> None:
+    """Make `aside` of the attempt that came farthest, if one left anything; remove what is dead."""
+    own = f"{entry.name}.tmp-{socket.gethostname()}-"
+    left = [path for path in entry.parent.glob(f"{entry.name}.tmp-*") if path.is_dir()]
+    dead = {p for p in left if p.name.startswith(own) and _is_dead(p.name, own, alone=alone)}
+    far = {path: int(noted["rows"]) for path in left if (noted := progress(path))}
+    for path in sorted(far, key=lambda one: (-far[one], one not in dead)):
+        if path == aside:
+            break
+        with suppress(OSError):
+            if path in dead:
+                shutil.rmtree(aside, ignore_errors=True)
+                path.rename(aside)
+            else:
+                _copy(path, aside)
+            break
+    for path in left:
+        abandoned = path in dead or _age(path) > _ABANDONED_SECONDS
+        if path != aside and abandoned:
+            shutil.rmtree(path, ignore_errors=True)
+    if aside.exists() and progress(aside) is None:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _copy(path: Path, aside: Path) -> None:
+    """A work folder whose process may still write: what it noted first, then what had been written
+    by then, which it only ever adds to."""
+    noted = progress(path)
+    shutil.rmtree(aside, ignore_errors=True)
+    if noted is None:
+        return
+    aside.mkdir()
+    for file in path.iterdir():
+        if file.suffix == ".bin":
+            shutil.copyfile(file, aside / file.name)
+    note_progress(aside, noted)
+
+
+def _is_dead(name: str, start: str, *, alone: bool) -> bool:
+    """Whether a work folder of this machine is nobody's. Process ids are used again, so the lock
+    counts more than what lives."""
+    pid = name.removeprefix(start)
+    return pid.isdigit() and int(pid) != os.getpid() and (alone or not _lives(int(pid)))
+
+
+def _age(path: Path) -> float:
+    newest = 0.0
+    with suppress(OSError):
+        newest = max(one.stat().st_mtime for one in [path, *path.iterdir()])
+    return time.time() - newest if newest else 0.0
 
 
 def _failure(error: BaseException) -> dict[str, Any]:
@@ -168,46 +253,48 @@ def _raise_failure(entry: Path, *, since: float) -> None:
     raise RunError(f"preparing data failed on {failure['by']}: {failure['message']}")
 
 
-@contextmanager
-def _lock(entry: Path) -> Iterator[Callable[[], bool]]:
-    """A function that tries to take the entry's lock; it is released at the end, or with the
-    process."""
-    from loguru import logger
+class _Lock:
+    """The lock of an entry; released at the end of the context, or with the process.
 
-    told = time.monotonic()
-    with _beside(entry, ".lock").open("a+") as file:
+    alone: taken for sure, so that no other process of this machine has it.
+    """
 
-        def take() -> bool:
-            nonlocal told
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                if error.errno in _NO_LOCKS:
-                    logger.warning(f"{entry.parent} has no file locks: several may prepare at once")
-                    return True
-                if error.errno not in (errno.EAGAIN, errno.EACCES):
-                    raise
-                if time.monotonic() - told > _TELL_SECONDS:
-                    told = time.monotonic()
-                    file.seek(0)
-                    logger.info("waiting for data that {} prepares", file.read().strip())
-                return False
-            file.seek(0)
-            file.truncate()
-            file.write(f"{socket.gethostname()}, process {os.getpid()}\n")
-            file.flush()
-            return True
+    def __init__(self, entry: Path) -> None:
+        self._path = _beside(entry, ".lock")
+        self._told = time.monotonic()
+        self.alone = False
 
-        yield take
+    def __enter__(self) -> _Lock:
+        self._file = self._path.open("a+")
+        return self
 
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
 
-def _remove_leftovers(entry: Path) -> None:
-    """Remove what processes of this machine that are gone wrote aside."""
-    start = f"{entry.name}.tmp-{socket.gethostname()}-"
-    for path in entry.parent.glob(f"{entry.name}.tmp-*"):
-        pid = path.name.removeprefix(start)
-        if pid.isdigit() and not _lives(int(pid)):
-            shutil.rmtree(path, ignore_errors=True)
+    def take(self) -> bool:
+        """Try to take it."""
+        from loguru import logger
+
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in _NO_LOCKS:
+                folder = self._path.parent
+                logger.warning(f"{folder} has no file locks: several may prepare at once")
+                return True
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
+                raise
+            if time.monotonic() - self._told > _TELL_SECONDS:
+                self._told = time.monotonic()
+                self._file.seek(0)
+                logger.info("waiting for data that {} prepares", self._file.read().strip())
+            return False
+        self.alone = True
+        self._file.seek(0)
+        self._file.truncate()
+        self._file.write(f"{socket.gethostname()}, process {os.getpid()}\n")
+        self._file.flush()
+        return True
 
 
 def _lives(pid: int) -> bool:

@@ -4,6 +4,7 @@ have in common."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
@@ -24,8 +25,9 @@ if TYPE_CHECKING:
     from arctic_like.data.encode import Encoder
     from arctic_like.data.mix import Mixture
     from arctic_like.data.order import Plan
-    from arctic_like.data.prepare import Cut, Prepared, Store
+    from arctic_like.data.prepare import Cut, Prepared, SourceDocuments
     from arctic_like.data.stream_samples import StreamSamples
+    from arctic_like.data.tokenise import Store
     from arctic_like.world import World
 
 
@@ -71,38 +73,33 @@ class TokenDataFactory(DataFactory):
         micro_batch_size: int = 1,
         train_iters: int = 0,
     ) -> PreparedData:
-        from arctic_like.data import cache
+        from arctic_like.data import cache, hashes
         from arctic_like.data.collate import PaddingCollate
         from arctic_like.data.mix import titles
-        from arctic_like.data.prepare import Cut, Store, documents
+        from arctic_like.data.prepare import Cut
         from arctic_like.data.report import report
+        from arctic_like.data.tokenise import Store
 
         config = self.config
         max_length = self._max_length(max_positions)
         cut = Cut(
             max_length=max_length,
-            long_samples=self._long_samples(),
             pack=config.pack_samples,
             fill=config.always_max_length,
             seed=seed if config.seed is None else config.seed,
+            repeat=config.repeat_to_pack_max_length,
         )
         store = Store(
-            cache.root(config.cache_dir), config.num_proc, not config.fail_on_missing_cache
-        )
+            cache.root(config.cache_dir), config.num_proc or 0, not config.fail_on_missing_cache,
+            config.on_bad_sample,
+        )  # fmt: skip
         fingerprint = tokenizer_key(tokenizer)
 
-        def entries(sources: list[SourceConfig]) -> list[Path]:
-            return [
-                documents(
-                    make_source(source),
-                    shape={**self._shape(source), "tokenizer": fingerprint},
-                    encoder=lambda source=source: self._encoder(tokenizer, source),  # type: ignore[misc]
-                    store=store,
-                )
-                for source in sources
-            ]
+        def entries(sources: list[SourceConfig]) -> list[SourceDocuments]:
+            return self._documents(tokenizer, fingerprint, sources, store)
 
-        sets = self._sets(entries, cut, store)
+        with hashes.remembered(store.root, verify=config.verify_content):
+            sets = self._sets(entries, cut, store)
         for name, one in sets.items():
             _refuse_empty(name, one, self._described(name))
         train = sets.pop("train", None)
@@ -115,7 +112,9 @@ class TokenDataFactory(DataFactory):
         facts = {**(train.facts if train else {}), **({"mix": mix.facts()} if mix else {})}
         if stream is not None:
             window = config.streaming_window
-            lines.insert(0, f"train: streamed in blocks of {window:,} rows from {self._described('train')}")
+            lines.insert(
+                0, f"train: streamed in blocks of {window:,} rows from {self._described('train')}"
+            )
             facts = {"max_length": max_length, "streaming_window": window}
         return PreparedData(
             train=stream or (self._sourced(train.samples) if train else None),
@@ -131,6 +130,37 @@ class TokenDataFactory(DataFactory):
             facts=facts,
             report="\n".join(lines),
         )
+
+    def _documents(
+        self, tokenizer: PreTrainedTokenizerBase, fingerprint: str, sources: list[SourceConfig],
+        store: Store,
+    ) -> list[SourceDocuments]:  # fmt: skip
+        """The documents of each source, prepared or found."""
+        from arctic_like.data.tokenise import documents
+
+        folders = [
+            documents(
+                make_source(source),
+                shape={**self._shape(source), "tokenizer": fingerprint},
+                encoder=lambda source=source: self._encoder(tokenizer, source),  # type: ignore[misc]
+                store=store,
+            )
+            for source in sources
+        ]
+        return self._named(sources, list(enumerate(folders)))
+
+    def _named(
+        self, sources: list[SourceConfig], folders: list[tuple[int, Path]]
+    ) -> list[SourceDocuments]:
+        """Documents with what is said of their sources, whose numbers are given."""
+        from arctic_like.data.mix import titles
+        from arctic_like.data.prepare import SourceDocuments
+
+        names = titles(sources)
+        return [
+            SourceDocuments(folder, names[number], self._long_samples(sources[number]))
+            for number, folder in folders
+        ]
 
     def _stream(
         self, tokenizer: PreTrainedTokenizerBase, cut: Cut, output_dir: Path, world: World
@@ -154,9 +184,12 @@ class TokenDataFactory(DataFactory):
                 )
                 for title, source in zip(titles(config.sources), config.sources, strict=True)
             ),
-            samples=lambda entries, store: self.samples(entries, cut, store=store),
+            samples=lambda parts, store: self.samples(
+                self._named(config.sources, parts), cut, store=store
+            ),
             window=config.streaming_window,
-            num_proc=config.num_proc,
+            # the other cores are training
+            num_proc=config.num_proc or 1,
             weights=stated_weights(config.sources),
             by_token=config.mix_by == "token",
         )
@@ -208,19 +241,19 @@ class TokenDataFactory(DataFactory):
         return plan
 
     def _set(
-        self, entries: list[Path], cut: Cut, store: Store, share: tuple[float, float]
+        self, sources: list[SourceDocuments], cut: Cut, store: Store, share: tuple[float, float]
     ) -> Prepared:
         """The samples of the training sources: packed across them, or where they are mixed each by
         itself, one after another. A share is then of each."""
         from arctic_like.data.mix import is_mixed, joined
 
         if not is_mixed(self.config.sources):
-            return self.samples(entries, cut, store=store, share=share)
-        return joined([self.samples([entry], cut, store=store, share=share) for entry in entries])
+            return self.samples(sources, cut, store=store, share=share)
+        return joined([self.samples([one], cut, store=store, share=share) for one in sources])
 
     def samples(
         self,
-        entries: list[Path],
+        sources: list[SourceDocuments],
         cut: Cut,
         *,
         store: Store,
@@ -230,7 +263,7 @@ class TokenDataFactory(DataFactory):
         what belongs together."""
         from arctic_like.data.prepare import samples
 
-        return samples(entries, cut, store=store, share=share)
+        return samples(sources, cut, store=store, share=share)
 
     def _sets(self, entries: Any, cut: Cut, store: Store) -> dict[str, Prepared]:
         """Name → set: `train` first, then the evaluation sets in the recipe's order."""
@@ -245,10 +278,11 @@ class TokenDataFactory(DataFactory):
             share = config.train_eval_split[0]
             sets["train"] = self._set(trained, cut, store, (0.0, share))
             if share < 1:
-                sets["eval"] = self._set(trained, cut, store, (share, 1.0))
+                sets["eval"] = self._set(trained, replace(cut, repeat=False), store, (share, 1.0))
         for name, sources in config.eval_sources.items():
             found = entries([_for_evaluation(source) for source in sources])
-            sets[name] = self.samples(found, cut, store=store)
+            # an evaluation reads every sample once
+            sets[name] = self.samples(found, replace(cut, repeat=False), store=store)
         if not sets and not (config.streaming and config.sources):
             raise RecipeError(
                 Problem(
@@ -294,10 +328,11 @@ class TokenDataFactory(DataFactory):
             )
         return stated if stated is not None else int(max_positions or 0)
 
-    def _long_samples(self) -> LongSamples:
+    def _long_samples(self, source: SourceConfig) -> LongSamples:
         config = self.config
-        if config.long_samples is not None:
-            return config.long_samples
+        stated = source.long_samples or config.long_samples
+        if stated is not None:
+            return stated
         if not config.filter_samples:
             raise RecipeError(
                 Problem(
@@ -384,7 +419,11 @@ def _refuse_empty(name: str, prepared: Prepared, described: str) -> None:
         return
     facts = prepared.facts
     place = "data.sources" if name in ("train", "eval") else f"data.eval_sources.{name}"
-    if not facts["documents"]:
+    if not facts["documents"] and facts["bad"]:
+        message = f"holds no row that can be used ({described}): {facts['bad']:,} were skipped"
+        first = next(one["bad_examples"][0] for one in facts["sources"] if one["bad"])
+        hint = f"the first: {first['place']} {first['message']}"
+    elif not facts["documents"]:
         message, hint = f"holds no row ({described})", "check the path and the split"
     elif facts["untrained"] == facts["documents"]:
         message = f"holds no trained token in {facts['documents']:,} documents ({described})"

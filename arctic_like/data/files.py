@@ -62,7 +62,8 @@ class DataFile:
 
     def key(self) -> str:
         """Changes exactly when the content does. Read through, unless it is known otherwise."""
-        from arctic_like.data.cache import file_hash, key_of
+        from arctic_like.data.cache import key_of
+        from arctic_like.data.hashes import file_hash
 
         if self.local is not None:
             return file_hash(self.local)

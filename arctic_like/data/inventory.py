@@ -12,18 +12,24 @@ import json
 import os
 import re
 import shutil
+import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from arctic_like.data.cache import MARKER
-from arctic_like.data.prepare import VERSION
+from arctic_like.data.cache import MARKER, VERSION
+
+HASHES = "hashes"
+"""Where `hashes.py` remembers the hashes of files: small, and no entries."""
 
 State = Literal["complete", "preparing", "incomplete", "foreign"]
 
 _KEY = re.compile(r"[0-9a-f]{32}")
+_QUIET_SECONDS = 900.0
+"""A folder that another machine did not touch for so long is nobody's."""
 _BUSY = {errno.EAGAIN, errno.EACCES}
 
 
@@ -31,9 +37,9 @@ _BUSY = {errno.EAGAIN, errno.EACCES}
 class Entry:
     """One key of one kind.
 
-    state: `preparing` while a process holds its lock; `incomplete` is what a killed one left. size:
-    bytes on disk, of everything that belongs to the key. made, used: seconds since 1970. paths:
-    what is removed with it.
+    state: `preparing` while a process holds its lock, or one of another machine writes;
+    `incomplete` is what a killed one left. size: bytes on disk, of everything that belongs to the
+    key. made, used: seconds since 1970. paths: what is removed with it.
     """
 
     kind: str
@@ -58,8 +64,8 @@ class Entry:
 
     @property
     def is_old(self) -> bool:
-        """Whether another version wrote it, which no run reads."""
-        return self.version is not None and self.version != VERSION
+        """Whether another version wrote it, which no run of this one reads."""
+        return self.state == "complete" and self.version != VERSION
 
     @property
     def title(self) -> str:
@@ -75,7 +81,10 @@ def entries(root: Path) -> list[Entry]:
     if not root.is_dir():
         return []
     found = [
-        entry for folder in sorted(root.iterdir()) if folder.is_dir() for entry in _of_kind(folder)
+        entry
+        for folder in sorted(root.iterdir())
+        if folder.is_dir() and folder.name != HASHES
+        for entry in _of_kind(folder)
     ]
     return sorted(found, key=lambda entry: (entry.kind, -entry.size, entry.key))
 
@@ -112,7 +121,7 @@ def _entry(folder: Path, key: str, paths: list[Path]) -> Entry | None:
     own = folder / key
     paths = [path for path in paths if path.suffix != ".lock"]
     facts = _facts(own)
-    busy = facts is None and _held(_lock_of(own))
+    busy = facts is None and (_held(_lock_of(own)) or any(map(_is_remote_work, paths)))
     if not paths and not busy:
         return None
     state: State = "complete" if facts is not None else "preparing" if busy else "incomplete"
@@ -140,6 +149,18 @@ def _facts(entry: Path) -> dict[str, Any] | None:
     return content if isinstance(content, dict) else None
 
 
+def _is_remote_work(path: Path) -> bool:
+    """Whether a process of another machine may be at work in a folder: many file systems keep locks
+    to one machine, so that its own says nothing here."""
+    host = path.name.partition(".tmp-")[2].rpartition("-")[0]
+    if not host or host == socket.gethostname():
+        return False
+    newest = 0.0
+    with suppress(OSError):
+        newest = max(one.stat().st_mtime for one in [path, *path.iterdir()])
+    return time.time() - newest < _QUIET_SECONDS
+
+
 def _times(path: Path) -> tuple[float, float]:
     try:
         changed = path.stat().st_mtime
@@ -151,7 +172,7 @@ def _times(path: Path) -> tuple[float, float]:
 def _size(path: Path) -> int:
     """Bytes that a file or a folder takes on disk; what vanishes meanwhile takes none."""
     total = 0
-    inside = path.rglob("*") if path.is_dir() else [path]
+    inside = [path, *path.rglob("*")] if path.is_dir() else [path]
     for one in inside:
         with suppress(OSError):
             total += one.lstat().st_blocks * 512
@@ -186,7 +207,7 @@ def remove(root: Path, entry: Entry) -> bool:
         raise ValueError(f"{entry.name} is none of the cache's")
     own = root / entry.kind / entry.key
     with _locked(_lock_of(own)) as taken:
-        if not taken:
+        if not taken or any(map(_is_remote_work, _beside(own))):
             return False
         # first what makes it an entry, so that nobody takes what is half gone for whole
         with suppress(FileNotFoundError):

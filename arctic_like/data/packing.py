@@ -8,6 +8,7 @@ document, unless it was cut.
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -42,6 +43,31 @@ class Pieces:
 def whole(lengths: NDArray[np.int64], documents: NDArray[np.int64]) -> Pieces:
     """One piece for each of `documents`, uncut; `lengths` are those of all documents."""
     return Pieces(documents, np.zeros_like(documents), lengths[documents])
+
+
+def joined(parts: Sequence[Pieces]) -> Pieces:
+    """Pieces, one after another; at least one part."""
+    return Pieces(
+        np.concatenate([part.document for part in parts]),
+        np.concatenate([part.start for part in parts]),
+        np.concatenate([part.length for part in parts]),
+    )
+
+
+def repeated(pieces: Pieces, *, capacity: int, exactly: bool = False) -> Pieces:
+    """Pieces that together do not fill one pack, repeated in their order until the next one would not
+    fit any more; `exactly`: until it is full, the last one cut. Others as they are."""
+    total = int(pieces.length.sum())
+    if not 0 < total < capacity:
+        return pieces
+    count = len(pieces)
+    often = np.resize(np.arange(count), count * -(-capacity // total))
+    ends = np.cumsum(pieces.length[often])
+    if not exactly:
+        return pieces.take(often[ends <= capacity])
+    many = pieces.take(often[: int(np.searchsorted(ends, capacity)) + 1])
+    many.length[-1] -= int(many.length.sum()) - capacity
+    return many
 
 
 def cut(pieces: Pieces, *, max_length: int, keep: str) -> Pieces:

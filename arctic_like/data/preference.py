@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -16,7 +15,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from arctic_like.data.encode import Encoder
-    from arctic_like.data.prepare import Cut, Prepared, Store
+    from arctic_like.data.prepare import Cut, Prepared, SourceDocuments
+    from arctic_like.data.tokenise import Store
 
 
 class PreferenceDataConfig(DataConfig):
@@ -62,6 +62,14 @@ class _PreferenceDataFactory(TokenDataFactory):
                     hint="leave it out; pack_samples fills samples with whole ones",
                 )
             )
+        if config.repeat_to_pack_max_length:
+            found.append(
+                Problem(
+                    "is on, but pairs and judged answers are not repeated",
+                    place="data.repeat_to_pack_max_length",
+                    hint="leave it out, or raise epochs",
+                )
+            )
         found += self._of_sources()
         for place, value in (("train_on", config.train_on), ("mask_inputs", config.mask_inputs)):
             if value not in (None, True, "assistant"):
@@ -102,7 +110,7 @@ class _PreferenceDataFactory(TokenDataFactory):
 
     def samples(
         self,
-        entries: list[Path],
+        sources: list[SourceDocuments],
         cut: Cut,
         *,
         store: Store,
@@ -110,7 +118,7 @@ class _PreferenceDataFactory(TokenDataFactory):
     ) -> Prepared:
         from arctic_like.data.preference_samples import preference_samples
 
-        return preference_samples(entries, cut, documents=self.documents, store=store, share=share)
+        return preference_samples(sources, cut, documents=self.documents, store=store, share=share)
 
     def _sets(self, entries: Any, cut: Cut, store: Store) -> dict[str, Prepared]:
         # here and not in `build`, whose parameters say what a run has to bring

@@ -13,11 +13,24 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from arctic_like.data import cache, packing
-from arctic_like.data.base import Sample
+from arctic_like.data.base import LongSamples, Sample
 from arctic_like.data.documents import Documents
-from arctic_like.data.order import key_of, permute
-from arctic_like.data.prepare import VERSION, Cut, Prepared, Store
+from arctic_like.data.prepare import (
+    COUNTS,
+    Cut,
+    Prepared,
+    SourceDocuments,
+    add_source_counts,
+    by_source,
+    duplicates,
+    joined,
+    samples_key,
+    share_of,
+    source_facts,
+    trained_counts,
+)
 from arctic_like.data.samples import DocumentSamples, write_plan
+from arctic_like.data.tokenise import Store
 from arctic_like.errors import Problem, RecipeError
 
 if TYPE_CHECKING:
@@ -64,7 +77,7 @@ class UnpairedSamples(_PreferenceSamples):
 
 
 def preference_samples(
-    entries: Sequence[Path],
+    sources: Sequence[SourceDocuments],
     cut: Cut,
     *,
     documents: int,
@@ -79,12 +92,11 @@ def preference_samples(
     of their prompt; a unit that would lose its prompt or an answer is dropped
     (`cut_to_nothing`). Raises RecipeError where a unit is too long under `error`.
     """
-    parts = [Documents(entry) for entry in entries]
-    names = [entry.name for entry in entries]
-    key = cache.key_of([VERSION, "preferences", documents, names, repr(cut), list(share)])
+    parts = [Documents(source.folder) for source in sources]
+    key = samples_key(f"preferences of {documents}", sources, cut, share)
 
     def prepare(folder: Path) -> dict[str, Any]:
-        return _Plan(parts, cut, documents).write(folder, share)
+        return _Plan(sources, parts, cut, documents).write(folder, share)
 
     entry = cache.obtain(
         store.root / "samples", key, prepare, missing_ok=store.missing_ok, what="the packed data"
@@ -96,18 +108,27 @@ def preference_samples(
 class _Plan:
     """Which units make up which sample. Arrays of units are (units, documents) int64."""
 
-    def __init__(self, parts: Sequence[Documents], cut: Cut, documents: int) -> None:
+    def __init__(
+        self,
+        sources: Sequence[SourceDocuments],
+        parts: Sequence[Documents],
+        cut: Cut,
+        documents: int,
+    ) -> None:
+        self.sources = sources
         self.parts = parts
         self.cut = cut
         self.documents = documents
-        self.lengths = _joined([part.lengths for part in parts])
+        self.lengths = joined([part.lengths for part in parts])
         self.prompts = self._column("prompt")
 
     def _column(self, name: str) -> NDArray[np.int64]:
-        return _joined([part.columns[name] for part in self.parts if len(part)])
+        return joined([part.columns[name] for part in self.parts if len(part)])
 
     def write(self, folder: Path, share: tuple[float, float]) -> dict[str, Any]:
-        units, facts = self._kept(self._share(share))
+        size = len(self.lengths) // self.documents
+        chosen = _members(share_of(size, share, self.cut.seed), self.documents)
+        units, found = self._kept(chosen)
         sizes = units.length.reshape(-1, self.documents).sum(axis=1)
         capacity = self.documents * self.cut.max_length
         if self.cut.pack:
@@ -117,62 +138,75 @@ class _Plan:
         pieces = units.take(_members(order, self.documents))
         first = np.arange(len(pieces)) % self.documents == 0
         write_plan(folder, pieces, bounds * self.documents, first.astype(np.int64))
+        trained = trained_counts(self.parts, pieces)
+        add_source_counts(found, self.parts, chosen, pieces, trained)
         tokens, count = int(pieces.length.sum()), len(bounds) - 1
         return {
-            **facts,
+            **{name: sum(one[name] for one in found) for name in (*COUNTS, "bad")},
             **self._labels(pieces),
+            "duplicates": duplicates(self.parts, chosen),
             "samples": count,
             "tokens": tokens,
-            "trained_tokens": int(self._trained(pieces).sum()),
+            "trained_tokens": int(trained.sum()),
             "fill_rate": tokens / (count * capacity) if count else 0.0,
             "max_length": self.cut.max_length,
+            "sources": found,
         }
 
-    def _share(self, share: tuple[float, float]) -> NDArray[np.int64]:
-        """The units of a share, ascending; shares that touch have none in common."""
-        size = len(self.lengths) // self.documents
-        if share == (0.0, 1.0):
-            return np.arange(size, dtype=np.int64)
-        first, last = (round(bound * size) for bound in share)
-        return np.sort(permute(np.arange(first, last), size=size, key=key_of(self.cut.seed, 1)))
+    def _kept(self, chosen: NDArray[np.int64]) -> tuple[packing.Pieces, list[dict[str, Any]]]:
+        """(the documents of the units that stay, cut, in order; of each source, what became of the
+        others). chosen: the documents of all units, ascending."""
+        stay, found = [packing.whole(self.lengths, chosen[:0])], []
+        for source, part, mine in zip(
+            self.sources, self.parts, by_source(self.parts, chosen), strict=True
+        ):
+            kept, counts = self._kept_of(source, packing.whole(self.lengths, mine))
+            stay.append(kept)
+            found.append({**source_facts(source, part), **counts})
+        return packing.joined(stay), found
 
-    def _kept(self, units: NDArray[np.int64]) -> tuple[packing.Pieces, dict[str, int]]:
-        """(the documents of the units that stay, cut, in order; what became of the others)."""
-        pieces = packing.whole(self.lengths, _members(units, self.documents))
-        trained = self._each(self._trained(pieces) > 0)
+    def _kept_of(
+        self, source: SourceDocuments, pieces: packing.Pieces
+    ) -> tuple[packing.Pieces, dict[str, int]]:
+        policy = source.long_samples
+        units = len(pieces) // self.documents
+        trained = self._each(trained_counts(self.parts, pieces) > 0)
         pieces = pieces.take(np.repeat(trained, self.documents))
         long = ~self._each(pieces.length <= self.cut.max_length)
-        if long.any() and self.cut.long_samples == "error":
+        if long.any() and policy == "error":
             raise self._too_long(pieces, long)
-        if self.cut.long_samples in ("truncate_left", "truncate_right"):
-            pieces, stays = self._truncated(pieces)
+        if policy in ("truncate_left", "truncate_right"):
+            pieces, stays = self._truncated(pieces, policy)
         else:
             stays = ~long
         kept = pieces.take(np.repeat(stays, self.documents))
         lost = int((long & ~stays).sum())
-        cut = self.cut.long_samples != "drop"
+        cut = policy != "drop"
         return kept, {
-            "documents": len(units),
-            "untrained": len(units) - len(trained.nonzero()[0]),
+            "documents": units,
+            "untrained": units - int(trained.sum()),
             "long": int(long.sum()),
             "cut_to_nothing": lost if cut else 0,
             "truncated": int((long & stays).sum()) if cut else 0,
-            "dropped": len(units) - int(stays.sum()),
+            "split": 0,
+            "dropped": units - int(stays.sum()),
         }
 
-    def _truncated(self, pieces: packing.Pieces) -> tuple[packing.Pieces, NDArray[np.bool_]]:
+    def _truncated(
+        self, pieces: packing.Pieces, policy: LongSamples
+    ) -> tuple[packing.Pieces, NDArray[np.bool_]]:
         """(the pieces, at most `max_length` long; which units are still worth training)."""
         most, count = self.cut.max_length, self.documents
         excess = np.maximum(pieces.length - most, 0)
         whole = self._each(excess == 0)
-        if self.cut.long_samples == "truncate_left":
+        if policy == "truncate_left":
             # the prompt stays the same for both, and something of it must be left
             start = np.repeat(excess.reshape(-1, count).max(axis=1), count)
             stays = np.logical_or(self._each(start < self.prompts[pieces.document]), whole)
             length = np.maximum(pieces.length - start, 1)
             return packing.Pieces(pieces.document, start, length), stays
         cut = packing.Pieces(pieces.document, pieces.start, np.minimum(pieces.length, most))
-        stays = self._each(self._trained(cut) > 0)
+        stays = self._each(trained_counts(self.parts, cut) > 0)
         if count == 2:
             for unit in np.flatnonzero(stays & ~whole):
                 chosen, rejected = (self._tokens(cut, 2 * int(unit) + one) for one in range(2))
@@ -195,17 +229,6 @@ class _Plan:
                 return part, document
             document -= len(part)
         raise IndexError(document)
-
-    def _trained(self, pieces: packing.Pieces) -> NDArray[np.int64]:
-        """Labels of each piece."""
-        counts = np.zeros(len(pieces), dtype=np.int64)
-        first = 0
-        for part in self.parts:
-            own = (pieces.document >= first) & (pieces.document < first + len(part))
-            mine = pieces.take(own)
-            counts[own] = part.trained_counts(mine.document - first, mine.start, mine.length)
-            first += len(part)
-        return counts
 
     def _labels(self, pieces: packing.Pieces) -> dict[str, int]:
         """How many pairs there are, or how many of the answers are wanted."""
@@ -231,7 +254,3 @@ class _Plan:
 def _members(units: NDArray[np.int64], documents: int) -> NDArray[np.int64]:
     """The documents of units, unit after unit."""
     return (units[:, None] * documents + np.arange(documents)).reshape(-1)
-
-
-def _joined(arrays: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
-    return np.concatenate([np.zeros(0, dtype=np.int64), *arrays])

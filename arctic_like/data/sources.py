@@ -84,7 +84,8 @@ class HFSource(DataSource):
             yield from self._stream(name, part, cursor)
 
     def content_key(self) -> str:
-        from arctic_like.data.cache import file_hash, key_of
+        from arctic_like.data.cache import key_of
+        from arctic_like.data.hashes import file_hash
 
         name, part = named_part(self.config)
         files = self._files(name, part)

@@ -23,7 +23,8 @@ from arctic_like.errors import Problem, RecipeError
 
 if TYPE_CHECKING:
     from arctic_like.data.encode import Encoder
-    from arctic_like.data.prepare import Prepared, Store
+    from arctic_like.data.prepare import Prepared
+    from arctic_like.data.tokenise import Store
 
 VERSION = 1
 """Part of every block's key; goes up when the same rows would become other documents."""
@@ -202,12 +203,12 @@ class BlockMaker:
     """How blocks are made.
 
     folder: of the run. window: rows of a block. weights, by_token: see `quotas`. samples: a factory's
-    way from documents to samples, given the entries of documents and a store.
+    way from documents to samples, given (source, entry of documents) of each and a store.
     """
 
     folder: Path
     sources: tuple[StreamedSource, ...]
-    samples: Callable[[list[Path], Store], Prepared]
+    samples: Callable[[list[tuple[int, Path]], Store], Prepared]
     window: int
     num_proc: int = 1
     weights: tuple[float, ...] | None = None
@@ -250,13 +251,13 @@ class BlockMaker:
     def prepared(self, state: StreamState) -> tuple[Prepared | None, list[int]]:
         """(the samples of a block whose documents are there, None of no document; the sources of
         their folders)."""
-        from arctic_like.data.prepare import Store
+        from arctic_like.data.tokenise import Store
 
         parts = [(n, entry) for n, _, entry in self.parts(state)]
         if not sum(cache.facts(entry)["documents"] for _, entry in parts):
             return None, []
         store = Store(self.block_folder(state.block))
-        return self.samples([entry for _, entry in parts], store), [n for n, _ in parts]
+        return self.samples(parts, store), [n for n, _ in parts]
 
     def following(self, state: StreamState, samples: int) -> StreamState:
         """Where the next block begins. samples: of this one, whose documents are there."""
@@ -288,7 +289,10 @@ class BlockMaker:
         for batch in encoded(rows, one.encoder(), num_proc=self.num_proc):
             for bad in batch.bad:
                 rows.refuse(bad)
-            writer.add(batch.places, batch.lengths, batch.tokens, batch.trained, batch.columns)
+            writer.add(
+                batch.places, batch.lengths, batch.tokens, batch.trained, batch.columns,
+                batch.digests,
+            )  # fmt: skip
             counts.update(batch.counts)
         writer.close()
         return {
