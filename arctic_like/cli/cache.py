@@ -85,8 +85,9 @@ def remove(
         click.echo(f"{folder}: there is no such entry")
         return 0
     click.echo("\n".join(listing(wanted, where=folder, now=time.time())))
-    if not yes:
-        click.confirm("Remove them?", abort=True)
+    if not yes and not click.confirm("Remove them?"):
+        click.echo("nothing was removed")
+        return 0
     removed = [entry for entry in wanted if inventory.remove(folder, entry)]
     freed = sum(entry.size for entry in removed)
     click.echo(f"removed {len(removed):,} of {len(wanted):,} entries, {size(freed)}")
@@ -138,7 +139,7 @@ def _title(entry: Entry) -> str:
         return "(incomplete: left behind)"
     if entry.state == "foreign":
         return "(not the cache's)"
-    return f"(version {entry.version}) {entry.title}" if entry.is_old else entry.title
+    return f"(version {entry.version or 1}) {entry.title}" if entry.is_old else entry.title
 
 
 def _fit(text: str, width: int) -> str:

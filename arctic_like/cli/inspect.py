@@ -47,6 +47,12 @@ def command(
 
     loaded = preparation.load(recipe, list(overrides))
     _check_folder(page)
+    if name == "train" and getattr(loaded.config.data, "streaming", False):
+        raise RecipeError(
+            Problem("is on: samples of a stream are not known before they are read",
+                    place="data.streaming", hint="add data.streaming=false and read a slice of the "
+                    "source (name:train[:1000]), or --set an evaluation set")
+        )  # fmt: skip
     level = loaded.config.logger.level if sys.stdout.isatty() else "WARNING"
     done = preparation.prepare(loaded, level=level)
     samples = _set(done.data, name)

@@ -36,7 +36,7 @@ STYLES = {
 
 LEGEND: Line = [
     ("trained", "trained"), (" · not trained · ", ""), ("<special token>", "special"), (" · ", ""),
-    ("<trained special token>", "trained special"), (" · ↵ ends a line", ""),
+    ("<trained special token>", "trained special"), (" · ↵ line end", ""),
 ]  # fmt: skip
 PLAIN_LEGEND = (
     f"{OPEN}…{CLOSE} is trained · ↵ ends a line · \\ before a special token's name: is text"

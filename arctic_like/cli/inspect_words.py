@@ -39,12 +39,11 @@ def summary(found: Statistics) -> list[tuple[str, str]]:
     facts = found.facts
     tokens, trained = facts["tokens"], facts["trained_tokens"]
     filled = f", {facts['fill_rate']:.1%} filled" if found.packed and "fill_rate" in facts else ""
-    most = f" of up to {facts['max_length']:,} tokens" if "max_length" in facts else ""
+    twice = "2 × " if "pairs" in facts else ""
+    most = f" of up to {twice}{facts['max_length']:,} tokens" if "max_length" in facts else ""
     rows = [("samples", f"{facts['samples']:,}{most}{filled}")]
     if "documents" in facts:
-        rows.append(("documents", ", ".join(_fates(facts))))
-    if "pairs" in facts:
-        rows.append(("pairs", f"{facts['pairs']:,}"))
+        rows.append(("pairs" if "pairs" in facts else "documents", ", ".join(_fates(facts))))
     if "desirable" in facts:
         rows.append(
             ("answers", f"{facts['desirable']:,} desirable, {facts['undesirable']:,} undesirable")
@@ -55,7 +54,8 @@ def summary(found: Statistics) -> list[tuple[str, str]]:
     if found.duplicates is not None:
         rows += _duplicates(found)
     for other, number in found.elsewhere.items():
-        rows.append((f"in {other} too", f"{number:,} different documents"))
+        are = "document of {} is" if number == 1 else "documents of {} are"
+        rows.append((f"as in {other}", f"{number:,} {are.format(other)} in this set too"))
     return rows
 
 
@@ -83,7 +83,11 @@ def _duplicates(found: Statistics) -> Iterable[tuple[str, str]]:
         yield "duplicates", "none"
         return
     share = percent(duplicates.count, sum(documents.counts))
-    yield "duplicates", f"{duplicates.count:,} documents ({share}) repeat another one"
+    one = duplicates.count == 1
+    yield (
+        "duplicates",
+        f"{duplicates.count:,} document{'' if one else 's'} ({share}) repeat{'s' if one else ''} another",
+    )
     for first, second, times in duplicates.examples:
         yield (
             "",
