@@ -122,7 +122,7 @@ def assemble(trainer: Trainer, session: Session) -> Equipment:
     if resumed:
         _say_changes(config, session, resumed)
     callbacks = CallbackList(
-        [build(c, "callback") for c in config.callbacks], is_main=world.is_main
+        [build(c, "callback") for c in callback_configs(config)], is_main=world.is_main
     )
     notice = _Notices(trainer, callbacks)
     info = RunInfo(
@@ -170,6 +170,20 @@ def assemble(trainer: Trainer, session: Session) -> Equipment:
         callbacks=callbacks, recorder=Recorder(session, config, info),
         saver=Saver(session, config, info), exporters=exporters,
     )  # fmt: skip
+
+
+def callback_configs(config: Any) -> list[Any]:
+    """The recipe's callbacks, and `mem_profiler` as the callback that it is short for."""
+    from arctic_like.registry import lookup
+
+    configs = list(config.callbacks)
+    if config.mem_profiler is not None:
+        short = lookup("callback", "cuda_memory").config_type
+        configs.append(
+            short(type="cuda_memory", mode=config.mem_profiler, output_dir=config.mem_profiler_dir,
+                  max_entries=config.mem_profiler_max_entries)
+        )  # fmt: skip
+    return configs
 
 
 def prepare_data(config: Any, info: RunInfo, tokenizer: Any, session: Session) -> PreparedData:

@@ -128,12 +128,9 @@ class TrainerConfig(PartConfig):
         "activation_checkpoint_cpu_offload": (
             "activation checkpointing (on by default) recomputes instead of keeping them"
         ),
-        "mem_profiler": "torch.cuda.memory records a history; call it from a callback",
     }
     no_effect: ClassVar[dict[str, str]] = {
         "skip_validation": "a part that goes with the trainer by derivation is accepted as it is",
-        "mem_profiler_dir": "there is no memory profiler yet",
-        "mem_profiler_max_entries": "there is no memory profiler yet",
     }
     aliases: ClassVar[dict[str, str]] = {"eval_frequency": "eval_interval"}
     example: ClassVar[dict[str, Any]] = {
@@ -283,13 +280,13 @@ class TrainerConfig(PartConfig):
     """Keep checkpointed activations in host memory."""
 
     mem_profiler: Literal["step", "e2e"] | None = None
-    """Record memory use."""
+    """Record CUDA allocations: short form of `callbacks: [{type: cuda_memory, mode: …}]`."""
 
     mem_profiler_dir: RecipePath | None = None
-    """Folder of the memory profiler's output."""
+    """Folder of the memory snapshots; `mem-prof/` in the logs' folder unless given."""
 
     mem_profiler_max_entries: Annotated[HumanInt, Field(ge=1)] = 100_000
-    """Most entries that the memory profiler keeps."""
+    """Most entries that the memory profiler keeps; older ones are dropped."""
 
     skip_validation: bool = False
     """ArcticTraining's switch; accepted without effect."""
