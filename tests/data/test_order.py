@@ -314,6 +314,9 @@ def test_grouped_batches_pad_less():
     means = [float(lengths[plan.at(n * 16).samples].mean()) for n in range(64)]
     assert means != sorted(means)
     assert means != sorted(means, reverse=True)
+    # another order in every window
+    following = [float(lengths[plan.at(n * 16).samples].mean()) for n in range(64, 128)]
+    assert np.argsort(means).tolist() != np.argsort(following).tolist()
 
 
 def test_grouped_batches_begin_at_their_borders():
