@@ -181,7 +181,6 @@ class Trainer(Part, Moments, Surface, family="trainer"):
             saved = self.equipment.saver.load(self, session.resume)
         self.equipment.recorder.start(saved=saved["metrics"] if saved else None)
         remember(self)
-        self._pass_over()
         if session.resume is not None:
             logger.info(f"resumed from {session.resume} at step {self.global_step}")
             self.emit("on_checkpoint_loaded", session.resume)
@@ -234,6 +233,8 @@ class Trainer(Part, Moments, Surface, family="trainer"):
         epoch = self.current_epoch
         self.emit("on_epoch_start")
         while not self.is_done and self.current_epoch == epoch:
+            if self._pass_over():
+                continue
             try:
                 self._next_step()
             except NonFiniteError as error:
@@ -605,23 +606,21 @@ class Trainer(Part, Moments, Surface, family="trainer"):
         with self.clock_stopped():
             go_back(self, asked)
             self._wishes.clear()
-            self._pass_over()
         self._mark()
 
-    def _pass_over(self) -> None:
-        """Move the position past batches that are to be skipped; an epoch that ends there has its end."""
-        epoch, progress = self.current_epoch, self.progress
-        if self._skip() and self.current_epoch > epoch and progress.position:
-            self.emit("on_epoch_end")
-            self._end_epoch()
-
-    def _skip(self) -> bool:
-        progress = self.progress
+    def _pass_over(self) -> bool:
+        """Move the position past a batch that is to be skipped; an epoch that ends with it has its end."""
+        progress, plan = self.progress, self.equipment.plan
         if progress.position not in progress.skipped:
             return False
-        while progress.position in progress.skipped:
-            progress.position = self.equipment.plan.at(progress.position).next_position
+        progress.position = plan.at(progress.position).next_position
         self._stream = None
+        if progress.position % plan.samples_per_epoch == 0:
+            with self.clock_stopped():
+                self.emit("on_epoch_end")
+                self._end_epoch()
+                if self.equipment.saver.due(self, epoch_over=True):
+                    self.checkpoint()
         return True
 
     def _weigh(self, batch: StepBatch) -> list[WeightedBatch]:
@@ -718,16 +717,15 @@ class Trainer(Part, Moments, Surface, family="trainer"):
     def _after_step(self, batch: StepBatch) -> None:
         """Counters, line, evaluation, epoch's end and checkpoint of the step that was just done."""
         equipment = self.equipment
-        epoch, self.progress.finished = self.current_epoch, False
+        self.progress.finished = False
         self.progress.global_step += 1
         self.progress.position += len(batch.global_batch.samples)
-        self._skip()
         self._steps_this_run += 1
         self._rates = self._learning_rates()
         for learner in self.learners.values():
             learner.after_step()
         self.emit("on_step_end")
-        epoch_over = self.current_epoch > epoch
+        epoch_over = self.progress.position % self.equipment.plan.samples_per_epoch == 0
         logs = self.config.train_log_iter_interval
         if self._due(logs, "log") or (logs and self.global_step == self.training_horizon):
             self._log_step()
