@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from arctic_like.engine import access, gradients, surgery
+from arctic_like.engine.held import held
 from arctic_like.engine.host import HostGroup
 from arctic_like.engine.idle_parameters import settle
 from arctic_like.engine.layout import Layout, layout_of, shape_of, training_device
@@ -168,7 +169,8 @@ class Engine:
         scale = self._unfused_scale()
         if self._clips_itself:
             self._norm = self._clip()
-        self.engine.step()
+        with held(self):
+            self.engine.step()
         if not self._clips_itself:
             norm = self.engine.get_global_grad_norm()
             self._norm = 0.0 if norm is None else norm / scale

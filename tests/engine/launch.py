@@ -75,6 +75,9 @@ GRADIENTS = [
     job("gradients", 3, "fp32", offload=True), job("idle", 1, "bf16"),
     job("idle", 2, "fp32", offload=True), job("idle", 2, "bf16", offload=True),
     job("idle", 3, "fp32", offload=True), job("idle", 3, "bf16"),
+    job("later", 0, "bf16"),
+    job("later", 2, "bf16"),
+    job("later", 3, "fp32"),
     job("adversary", 0, "fp32"), job("adversary", 2, "fp32"), job("adversary", 3, "fp32"),
     job("teacher", 2, "bf16"), job("teacher", 3, "bf16"),
 ]  # fmt: skip

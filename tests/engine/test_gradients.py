@@ -21,7 +21,7 @@ from tests.engine.launch import (
 
 ALL = [
     job(check, stage, dtype, **options)
-    for check in ("gradients", "idle")
+    for check in ("gradients", "idle", "later")
     for stage, dtype, options in EVERY_STAGE + OFFLOAD + VARIANTS
 ]
 ALL += [
@@ -45,6 +45,8 @@ def correct(job: dict[str, Any], found: dict[str, Any]) -> None:
         assert "'point'" in found["unknown"]
         assert "did you mean points?" in found["unknown"]
         assert "(3, 37), but the parameter has (37, 3)" in found["shape"]
+    if job["check"] == "later":
+        assert found["weights"] < 1e-4
     if job["check"] == "idle":
         assert found["gradients"] < allowed
         assert found["weights"] < 1e-4
@@ -69,7 +71,7 @@ def test_two_ranks_are_as_one_without_zero(two_ranks: Found, job: dict[str, Any]
 
 @pytest.mark.full
 @pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("check", ["gradients", "idle", "adversary", "teacher"])
+@pytest.mark.parametrize("check", ["gradients", "idle", "later", "adversary", "teacher"])
 def test_every_stage_and_offload(check: str, ranks: int, tmp_path: Path) -> None:
     jobs = [job for job in ALL if job["check"] == check]
     found = probe(jobs, ranks=ranks, folder=tmp_path)

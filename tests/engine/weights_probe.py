@@ -17,6 +17,7 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.zero import parameter_offload
 from torch import Tensor
 
 from arctic_like.engine.deepspeed import Engine, to_universal
@@ -133,6 +134,47 @@ def idle(stage: int, dtype: str, **options: Any) -> dict[str, Any]:
         weights = max(weights, error(masters(one), dict(other.named)))
     one.destroy()
     return {"gradients": worst, "weights": weights}
+
+
+def later(stage: int, dtype: str, **options: Any) -> dict[str, Any]:
+    """Frozen before the first step, frozen after some, and trained again."""
+    one, other = points.engine(stage, dtype, WORLD, **options), Reference(dtype, WORLD)
+    worst = 0.0
+    for number, frozen in enumerate(
+        [("spare.weight",), (), ("points", "head.0.bias"), ("points",), ()]
+    ):
+        for name, parameter in one.module.named_parameters():
+            parameter.requires_grad_(name not in frozen)
+        states = {p: other.optimizer.state.pop(p) for p in (other.named[n] for n in frozen)
+                  if p in other.optimizer.state}  # fmt: skip
+        kept = {name: other.named[name].detach().clone() for name in frozen}
+        points.backward(one, number, RANK, WORLD, dtype)
+        read = one.gradients()
+        expected = other.gradients(number)
+        assert read.keys() == expected.keys() - set(frozen)
+        for name in frozen:
+            expected[name] = torch.zeros_like(expected[name])
+        one.step()
+        other.update({**expected, **(read if dtype == "bf16" else {})})
+        for name in frozen:
+            parameter = other.named[name]
+            parameter.data = kept[name]
+            # A share counts the steps of all its parameters together; at stage 0 each has its own.
+            now = other.optimizer.state[parameter]
+            now["exp_avg"].zero_()
+            now["exp_avg_sq"].zero_()
+            if parameter in states:
+                now.update({k: states[parameter][k] for k in ("exp_avg", "exp_avg_sq")})
+            now["step"].fill_(number + 1)
+            if stage == 0 and dtype == "fp32":
+                now["step"] = states[parameter]["step"] if parameter in states else now["step"] * 0
+        other.lower()
+        worst = max(worst, error(masters(one), dict(other.named)))
+        lowered = {n: w.to(points.DTYPES[dtype]) for n, w in masters(one).items()}
+        seen = {n: w.clone() for n, w in one.named_full_parameters()}
+        assert same_bits(seen, lowered)
+    one.destroy()
+    return {"weights": worst}
 
 
 def surgery(stage: int, dtype: str, **options: Any) -> dict[str, Any]:
@@ -420,7 +462,7 @@ def leaks(stage: int, dtype: str, *, times: int) -> dict[str, Any]:
 
 
 def _count(one: Engine) -> list[int]:
-    hooks = 0
+    hooks = len(parameter_offload.FWD_MODULE_STACK)
     for module in one.module.modules():
         hooks += len(module._forward_hooks) + len(module._forward_pre_hooks)
     for parameter in one.module.parameters():
@@ -465,7 +507,7 @@ def refused(stage: int, dtype: str, **options: Any) -> dict[str, Any]:
 CHECKS = {
     check.__name__: check
     for check in (
-        gradients, idle, surgery, nothing, save, load, mistaken, swapping, adversary, teacher,
+        gradients, idle, later, surgery, nothing, save, load, mistaken, swapping, adversary, teacher,
         leaks, refused,
     )
 }  # fmt: skip
