@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -179,18 +178,17 @@ class Statistics:
 
 
 def statistics(data: PreparedData, name: str) -> Statistics:
-    """Numbers of one set of prepared data. Reads every token of its documents once."""
+    """Numbers of one set of prepared data. Reads no tokens."""
     sets = named_sets(data)
     samples = sets[name]
     facts = _facts(samples, data.facts if name == "train" else {})
     parts = list(_documents(samples))
     if not parts:
         return Statistics(name, facts, histogram(samples.lengths), None, None, [], {})
-    digests = {folder: _digests(part) for folder, part in _folders(sets).items()}
     lengths = np.concatenate([part.lengths for part in parts])
-    mine = _used(samples, digests)
+    mine = _used(samples)
     elsewhere = {
-        other: int(np.isin(_used(there, digests), mine).sum())
+        other: int(np.isin(_used(there), mine).sum())
         for other, there in sets.items()
         if other != name
     }
@@ -199,7 +197,7 @@ def statistics(data: PreparedData, name: str) -> Statistics:
         facts=facts,
         samples=histogram(samples.lengths),
         documents=histogram(lengths),
-        duplicates=_duplicates(parts, np.concatenate([digests[str(p.folder)] for p in parts])),
+        duplicates=_duplicates(parts),
         sources=_sources(facts, parts, data.sources if name == "train" else ()),
         elsewhere={other: count for other, count in elsewhere.items() if count},
         packed=sum(len(plan.pieces) for plan in _plans(samples)) > len(samples),
@@ -228,10 +226,6 @@ def _documents(samples: SampleSet) -> Iterator[Documents]:
         yield from plan.documents
 
 
-def _folders(sets: dict[str, SampleSet]) -> dict[str, Documents]:
-    return {str(part.folder): part for one in sets.values() for part in _documents(one)}
-
-
 def _facts(samples: SampleSet, known: dict[str, Any]) -> dict[str, Any]:
     if known:
         return dict(known)
@@ -244,26 +238,17 @@ def _facts(samples: SampleSet, known: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _digests(part: Documents) -> NDArray[np.uint64]:
-    """xxh3 of each document's tokens."""
-    import xxhash
-
-    digest, tokens = xxhash.xxh3_64_intdigest, part.tokens
-    borders = part.offsets.tolist()
-    found = (digest(tokens[start:stop].tobytes()) for start, stop in pairwise(borders))
-    return np.fromiter(found, dtype=np.uint64, count=len(part))
-
-
-def _used(samples: SampleSet, digests: dict[str, NDArray[np.uint64]]) -> NDArray[np.uint64]:
-    """Digests of the documents that are in a set, each once."""
+def _used(samples: SampleSet) -> NDArray[np.uint64]:
+    """Digests of the documents that are in a set."""
     found = [np.zeros(0, dtype=np.uint64)]
     for plan in _plans(samples):
-        every = np.concatenate([digests[str(part.folder)] for part in plan.documents])
+        every = np.concatenate([part.digests for part in plan.documents])
         found.append(every[np.unique(plan.pieces.document)])
     return np.concatenate(found)
 
 
-def _duplicates(parts: Sequence[Documents], digests: NDArray[np.uint64]) -> Duplicates:
+def _duplicates(parts: Sequence[Documents]) -> Duplicates:
+    digests = np.concatenate([part.digests for part in parts])
     if not len(digests):
         return Duplicates(0)
     _, first, which, counts = np.unique(
