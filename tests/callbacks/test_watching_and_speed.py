@@ -142,7 +142,8 @@ def test_one_run_with_many(tmp_path: Path, data: Path) -> None:
     assert all(line["mfu"] > 0 for line in train_lines(many))
     (trace,) = (many / "profile").iterdir()
     assert trace.name == "rank-0-step-4.json.gz"
-    names = {e.get("name") for e in json.load(gzip.open(trace))["traceEvents"]}
+    with gzip.open(trace) as file:
+        names = {e.get("name") for e in json.load(file)["traceEvents"]}
     assert {"train step 3", "train step 4"} <= names
     assert not {"train step 2", "train step 5"} & names
     beat = json.loads((many / "heartbeat.json").read_text())
