@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from arctic_like.api import run
+    from arctic_like.api import fit, run
     from arctic_like.loss import Loss
     from arctic_like.recipe import load_recipe
     from arctic_like.trainer.base import Trainer
@@ -19,11 +19,14 @@ _HOMES = {
     "Loss": "arctic_like.loss",
     "SFTTrainer": "arctic_like.trainer.sft",
     "Trainer": "arctic_like.trainer.base",
+    "fit": "arctic_like.api",
     "load_recipe": "arctic_like.recipe",
     "run": "arctic_like.api",
 }
 
-__all__ = ["CausalTrainer", "Loss", "SFTTrainer", "Trainer", "__version__", "load_recipe", "run"]
+__all__ = [
+    "CausalTrainer", "Loss", "SFTTrainer", "Trainer", "__version__", "fit", "load_recipe", "run"
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import shutil
 import time
@@ -15,7 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from arctic_like.errors import ArcticError, Problem, RecipeError
+from arctic_like.errors import ArcticError, CheckpointError, NonFiniteError, Problem, RecipeError
 from arctic_like.registry import build
 from arctic_like.world import World
 
@@ -47,6 +48,18 @@ def run(recipe: Recipe, *, output_dir: str | Path | None = None, resume: str = "
     directory = Path(output_dir) if output_dir else default_output_dir(recipe)
     with catch_signals(StopRequest()) as stop:
         return execute(recipe, output_dir=directory, resume=resume, stop=stop)
+
+
+def fit(recipe: Recipe, *, output_dir: str | Path | None = None, resume: str = "") -> float:
+    """`run`, for a search over runs: the final validation loss (`Result.final_loss`: the last value of
+    `metric_monitor`, else the last train loss); infinite where a loss or gradient was not finite.
+
+    Any other error is raised. `result.json` in the run directory has the same number.
+    """
+    try:
+        return run(recipe, output_dir=output_dir, resume=resume).final_loss
+    except NonFiniteError:
+        return math.inf
 
 
 def default_output_dir(recipe: Recipe) -> Path:
@@ -188,30 +201,67 @@ def _decide(recipe: Recipe, directory: RunDirectory, resume: str) -> Path | None
     """The checkpoint to go on from, or None for a start from the beginning.
 
     resume: "" for a start (which resumes where the recipe says `auto_resume`), "auto" or "latest"
-    for the newest complete checkpoint, "step-N", or the path of a checkpoint.
+    for the newest complete checkpoint, "best" for that with the best `metric_monitor`, "step-N", or the
+    path of a checkpoint. Raises CheckpointError where there are checkpoints, and all of them damaged.
     """
-    from arctic_like.checkpoint.layout import complete_checkpoints, marker
+    from arctic_like.checkpoint.layout import complete_checkpoints, missing_files, saved_folders
     from arctic_like.checkpoint.publish import recover, supersede_after
-    from arctic_like.errors import CheckpointError
+    from arctic_like.checkpoint.retention import best_checkpoint
 
     folder = checkpoints_of(recipe, directory)
     recover(folder)
     complete = complete_checkpoints(folder)
     wants = bool(resume) or (recipe.config.auto_resume and not recipe.config.overwrite)
     directory.check(resume=wants, overwrite=recipe.config.overwrite)
+    damaged = {path: missing_files(path) for path in saved_folders(folder) if path not in complete}
     if resume not in ("", "auto", "latest"):
-        chosen = Path(resume) if Path(resume).is_absolute() else folder / resume
-        if marker(chosen) is None:
-            have = ", ".join(path.name for path in complete) or "none"
-            raise CheckpointError(f"{chosen} is no complete checkpoint; complete are: {have}")
+        best = best_checkpoint(folder) if resume == "best" else None
+        chosen = best or (Path(resume) if Path(resume).is_absolute() else folder / resume)
+        have = ", ".join(path.name for path in complete) or "none"
+        if resume == "best" and best is None:
+            raise CheckpointError(
+                f"no checkpoint in {folder} was evaluated at its step, so none is best; complete are: {have}"
+            )
+        if missing := missing_files(chosen):
+            raise CheckpointError(
+                f"{chosen} is no complete checkpoint ({missing[0]} is missing or cut); "
+                f"complete are: {have}"
+            )
     elif wants and complete:
         chosen = complete[-1]
+        _warn_of_damage(list(damaged), chosen)
+    elif wants and damaged:
+        raise CheckpointError(_all_damaged(directory, damaged))
     else:
         if directory.holds_run():
             directory.clear(folder)
         return None
     supersede_after(chosen)
     return chosen
+
+
+def _warn_of_damage(damaged: list[Path], chosen: Path) -> None:
+    from loguru import logger
+
+    from arctic_like.checkpoint.layout import step_of
+
+    newer = [path.name for path in damaged if (step_of(path) or 0) > (step_of(chosen) or 0)]
+    if newer:
+        logger.warning(f"{', '.join(newer)} is damaged and left alone; going on from {chosen.name}")
+
+
+def _all_damaged(directory: RunDirectory, damaged: dict[Path, list[str]]) -> str:
+    """Why nothing can be resumed although there are checkpoints, and the ways out."""
+    told = [
+        f"{path.name}: {files[0]} is missing or cut"
+        + (f", and {len(files) - 1} more" if files[1:] else "")
+        for path, files in damaged.items()
+    ]
+    return (
+        f"{directory.path} has checkpoints, but none is complete\n    "
+        + "\n    ".join(told)
+        + "\n    put the files back, or start anew: overwrite=true, or another output_dir"
+    )
 
 
 def checkpoints_of(recipe: Recipe, directory: RunDirectory) -> Path:
@@ -230,10 +280,12 @@ def _run_trainer(
 ) -> Result:  # fmt: skip
     from arctic_like.trainer.assembly import Session
     from arctic_like.trainer.closing import show_end
+    from arctic_like.trainer.result_file import leave_failure, leave_result, remove_result
 
     devices = host.gather(_device_name(world))
     session = Session(recipe, world, host, directory, stop, resume=checkpoint)
     if world.is_main:
+        remove_result(directory.path)
         directory.write_recipe(recipe.dump())
         directory.write_environment(
             world_size=world.size, devices=devices,
@@ -245,12 +297,15 @@ def _run_trainer(
         if inspect is not None:
             inspect(trainer)
         result = trainer.train()
+        leave_result(trainer, result)
         trainer.emit("on_run_end", result)
         trainer.teardown(0)
         if world.is_main:
             show_end(trainer, result)
         return result  # type: ignore[no-any-return]
     except BaseException as error:
+        with contextlib.suppress(Exception):
+            leave_failure(trainer, error)
         trainer.teardown(1, error)
         raise
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from arctic_like.checkpoint.layout import RUN_STATE, complete_checkpoints, marker, step_of
 from arctic_like.checkpoint.reading import read_weights
+from arctic_like.checkpoint.retention import best_of, recorded
 from arctic_like.errors import CheckpointError, Problem, RecipeError
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ class Found:
 
 
 def load_for_inference(
-    path: str | Path, *, device: str = "cpu", step: int | None = None
+    path: str | Path, *, device: str = "cpu", step: int | Literal["best"] | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model, in eval mode with its cache on, and its tokenizer.
 
@@ -52,7 +53,7 @@ def load_for_inference(
     return model.to(device).eval(), tokenizer
 
 
-def find(path: Path, *, step: int | None = None) -> Found:
+def find(path: Path, *, step: int | Literal["best"] | None = None) -> Found:
     """What to load for `path`, see above. Reads names and small files only. Raises RecipeError."""
     if not path.is_dir():
         raise _nothing(path, "there is no such folder")
@@ -65,7 +66,7 @@ def find(path: Path, *, step: int | None = None) -> Found:
     return _in_run(path, step=step)
 
 
-def _in_run(run: Path, *, step: int | None) -> Found:
+def _in_run(run: Path, *, step: int | Literal["best"] | None) -> Found:
     exports = {
         number: Found(folder)
         for folder in _children(run / "exports")
@@ -77,6 +78,8 @@ def _in_run(run: Path, *, step: int | None) -> Found:
         if (number := step_of(folder)) is not None
     }
     available = checkpoints | exports
+    if step == "best":
+        return available[_best(run, [found.folder for found in available.values()])]
     if step is not None and step not in available:
         steps = ", ".join(str(number) for number in sorted(available)) or "none"
         raise _nothing(
@@ -85,6 +88,19 @@ def _in_run(run: Path, *, step: int | None) -> Found:
     if not available:
         raise _nothing(run, "has no complete export or checkpoint yet")
     return available[max(available) if step is None else step]
+
+
+def _best(run: Path, folders: list[Path]) -> int:
+    """The step of the best weights, by the monitored metric that the newest of them records."""
+    ordered = sorted(folders, key=lambda folder: step_of(folder) or 0)
+    known = [found for folder in ordered if (found := recorded(folder)) is not None]
+    best = best_of(ordered, known[-1]) if known else None
+    if best is None:
+        raise _nothing(
+            run, "has no export or checkpoint that was evaluated at its step, so none is best",
+            hint="give the number of a step",
+        )  # fmt: skip
+    return step_of(best) or 0
 
 
 def _children(folder: Path) -> list[Path]:

@@ -171,10 +171,10 @@ class RunDirectory:
             if folder.exists():
                 shutil.rmtree(folder)
         if checkpoints is not None and checkpoints.is_dir():
-            patterns = ("step-*", "superseded-*", "latest")
+            patterns = ("step-*", "superseded-*", "latest", "best", "rewinds.json")
             for entry in [e for pattern in patterns for e in checkpoints.glob(pattern)]:
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-        for file in (self.metrics, self.environment, self.recipe):
+        for file in (self.path / "result.json", self.metrics, self.environment, self.recipe):
             file.unlink(missing_ok=True)
 
     def write_recipe(self, text: str) -> None:

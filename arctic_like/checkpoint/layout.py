@@ -47,8 +47,8 @@ def missing_files(folder: Path) -> list[str]:
     return wrong
 
 
-def complete_checkpoints(checkpoints: Path) -> list[Path]:
-    """All complete checkpoints of a `checkpoints/` folder, oldest first by step *number*."""
+def saved_folders(checkpoints: Path) -> list[Path]:
+    """All `step-N` folders, complete or damaged, oldest first by step *number*."""
     if not checkpoints.is_dir():
         return []
     found = [
@@ -56,7 +56,12 @@ def complete_checkpoints(checkpoints: Path) -> list[Path]:
         for path in checkpoints.iterdir()
         if path.is_dir() and (step := step_of(path)) is not None
     ]
-    return [path for _, path in sorted(found) if not missing_files(path)]
+    return [path for _, path in sorted(found)]
+
+
+def complete_checkpoints(checkpoints: Path) -> list[Path]:
+    """All complete checkpoints of a `checkpoints/` folder, oldest first by step *number*."""
+    return [path for path in saved_folders(checkpoints) if not missing_files(path)]
 
 
 def newest(checkpoints: Path) -> Path | None:

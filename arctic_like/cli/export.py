@@ -5,27 +5,30 @@ from __future__ import annotations
 import contextlib
 import sys
 from pathlib import Path
+from typing import Literal
 
 import click
 
 from arctic_like.errors import Problem, RecipeError
 
+Step = int | Literal["best"] | None
+
 
 @click.command(name="export", context_settings={"max_content_width": 80})
 @click.argument("source", metavar="RUN_DIR|CHECKPOINT", type=click.Path(path_type=Path))
 @click.argument("target", metavar="OUT", type=click.Path(path_type=Path))
-@click.option("--step", type=int, help="Which step of a run; the newest by default.")
+@click.option("--step", help="Which step of a run, or `best`; the newest by default.")
 @click.option("--dtype", help="bf16, fp16 or fp32; as trained by default.")
-def command(source: Path, target: Path, step: int | None, dtype: str | None) -> int:
+def command(source: Path, target: Path, step: str | None, dtype: str | None) -> int:
     """Write the model of a run, or of one of its checkpoints, as a Hugging Face folder.
 
     OUT gets weights (safetensors), config, tokenizer with its chat template and
     generation config; it must not exist, or be empty.
     """
-    name = check_dtype(dtype)
+    name, chosen = check_dtype(dtype), check_step(step)
     check_target(target)
     with contextlib.redirect_stdout(sys.stderr):
-        write(source, target, step=step, dtype=name)
+        write(source, target, step=chosen, dtype=name)
     click.echo(f"wrote {target}")
     return 0
 
@@ -46,6 +49,17 @@ def check_dtype(dtype: str | None) -> str | None:
         ) from None
 
 
+def check_step(step: str | None) -> Step:
+    """A step's number, or "best". Raises RecipeError for other words."""
+    if step is None or step == "best":
+        return "best" if step else None
+    if not step.isdigit():
+        raise RecipeError(
+            Problem(f"is {step!r}, not a step's number", place="--step", hint="write 12 or best")
+        )
+    return int(step)
+
+
 def check_target(target: Path) -> None:
     """Raise RecipeError if something is there already."""
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -53,7 +67,7 @@ def check_target(target: Path) -> None:
         raise RecipeError(Problem(what, file=str(target), hint="name a folder that does not exist"))
 
 
-def write(source: Path, target: Path, *, step: int | None, dtype: str | None) -> None:
+def write(source: Path, target: Path, *, step: Step, dtype: str | None) -> None:
     """Load and export. Raises RecipeError and CheckpointError."""
     from arctic_like.inference import find
 

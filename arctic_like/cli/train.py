@@ -80,12 +80,12 @@ def train(words: list[str]) -> int:
 def resume(words: list[str]) -> int:
     """Go on with the run in a directory, from its newest complete checkpoint.
 
-    --step N goes on from another one. Overrides change the saved recipe; what would make
-    the result meaningless is refused.
+    --step N goes on from another one, --step best from the best. Overrides change the
+    saved recipe; what would make the result meaningless is refused.
     """
     spoken = ["resume", *words]
     if not words or words[0].startswith("-"):
-        raise click.UsageError("name a run directory: arctic-train resume RUN_DIR [--step N]")
+        raise click.UsageError("name a run directory: arctic-train resume RUN_DIR [--step N|best]")
     words, step = _take_step(words)
     line = split_words(words)
     folder = Path(line.target)
@@ -93,7 +93,7 @@ def resume(words: list[str]) -> int:
         raise RecipeError(_no_run(folder))
     recipe = _load(folder / "recipe.yaml", line.overrides)
     _check_before_launch(recipe)
-    chosen = "latest" if step is None else f"step-{step}"
+    chosen = "latest" if step is None else step if step == "best" else f"step-{step}"
     return _launch(recipe, line, folder, resume=chosen, words=spoken)
 
 
@@ -131,8 +131,8 @@ def _check_before_launch(recipe: Recipe) -> None:
     refuse_what_cannot_run(recipe, on_cpu=on_cpu)
 
 
-def _take_step(words: list[str]) -> tuple[list[str], int | None]:
-    """`--step N` or `--step=N`, wherever it stands; the rest is overrides and deepspeed's."""
+def _take_step(words: list[str]) -> tuple[list[str], str | None]:
+    """`--step N`, `--step=N` or `--step best`, wherever it stands; the rest is overrides and deepspeed's."""
     rest: list[str] = []
     step: str | None = None
     left = iter(words)
@@ -143,9 +143,9 @@ def _take_step(words: list[str]) -> tuple[list[str], int | None]:
             step = word.removeprefix("--step=")
         else:
             rest.append(word)
-    if step is not None and not step.isdigit():
-        raise click.UsageError(f"--step takes the number of a saved step, not {step!r}")
-    return rest, None if step is None else int(step)
+    if step is not None and not step.isdigit() and step != "best":
+        raise click.UsageError(f"--step takes the number of a saved step, or best, not {step!r}")
+    return rest, str(int(step)) if step and step.isdigit() else step
 
 
 def _no_run(folder: Path) -> Problem:

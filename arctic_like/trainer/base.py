@@ -207,7 +207,7 @@ class Trainer(Part, Moments, Surface, family="trainer"):
         """The whole run from where it stands; returns what it came to."""
         if self.config.test_only:
             self.test()
-            return self._result()
+            return self.result()
         self.emit("on_train_start")
         if self.config.eval_at_start and self.global_step == 0:
             self.evaluate()
@@ -222,7 +222,7 @@ class Trainer(Part, Moments, Surface, family="trainer"):
         self.emit("on_train_end")
         if self.config.test_at_end and self.is_complete:
             self.test()
-        return self._result()
+        return self.result()
 
     def fit(self) -> Result:
         """Another name of `train`."""
@@ -342,9 +342,11 @@ class Trainer(Part, Moments, Surface, family="trainer"):
         results: dict[str, float] = {}
         with self._evaluating(), self.around("around_evaluate"):
             self.emit("on_test_start")
+            own = type(self).test_step is not Trainer.test_step
+            step: Callable[..., Any] = self.test_step if own else self.validation_step
             for name, batches in self.equipment.test_batches():
                 prefix = "test/" if name in ("", "test") else f"test/{name}/"
-                self._measure(prefix, batches, self.test_step, results)
+                self._measure(prefix, batches, step, results)
             self.emit("on_test_end", results)
         self.numbers.take_in(results)
         if results:
@@ -369,7 +371,9 @@ class Trainer(Part, Moments, Surface, family="trainer"):
                     folder = self.session.directory.path / "exports"
                     try:
                         example = self.example_inputs() if exporter.needs_example else ()
-                        self.equipment.saver.exports.append(exporter.export(module, folder, example))
+                        self.equipment.saver.exports.append(
+                            exporter.export(module, folder, example)
+                        )
                     except BaseException as problem:
                         error = problem
         if self.equipment.exporters:
@@ -873,7 +877,8 @@ class Trainer(Part, Moments, Surface, family="trainer"):
         if self.equipment.saver.due(self, at_end=finished, at_stop=not finished):
             self.checkpoint()
 
-    def _result(self) -> Result:
+    def result(self) -> Result:
+        """What the run has come to so far; after the end, what it came to."""
         reason = self.progress.stopped or "finished"
         saver, numbers = self.equipment.saver, self.numbers
         return Result(

@@ -47,7 +47,7 @@ def summary_rows(trainer: Trainer) -> list[SummaryRow]:
 def next_commands(result: Result, *, speaks: bool = True) -> list[str]:
     """What a user would want to do with this run. speaks: whether it is a language model."""
     run = shlex.quote(_shortest(result.output_dir))
-    if result.stop_reason != "finished":
+    if not result.complete:
         return [f"arctic-train resume {run}"] if result.checkpoint else []
     if not speaks:
         return []
