@@ -239,6 +239,10 @@ class DataConfig(PartConfig):
     """What to evaluate on: a list of sources (one set, `eval`), or a map of name → sources (several
     sets)."""
 
+    test_sources: Annotated[dict[str, Sources], UnnamedToo("test")] = Field(default_factory=dict)
+    """What to test on, once, after training (`test_at_end`) or without it (`test_only`): a list of
+    sources (one set, `test`), or a map of name → sources (several sets)."""
+
     train_eval_split: tuple[HumanFloat, HumanFloat] = (1.0, 0.0)
     """Shares of the training rows to train on and to hold out as the evaluation set `eval`."""
 
@@ -358,7 +362,7 @@ class DataConfig(PartConfig):
     fuse_positions_prob: HumanFloat = Field(default=0.0, ge=0, le=1)
     """Let packed documents see each other with this probability. Not built yet."""
 
-    @field_validator("eval_sources", mode="before")
+    @field_validator("eval_sources", "test_sources", mode="before")
     @classmethod
     def _sets_are_named(cls, value: Any) -> Any:
         one = isinstance(value, dict) and value.keys() & SourceConfig.model_fields.keys()
@@ -398,12 +402,12 @@ class DataConfig(PartConfig):
                     place=key,
                     hint="give each source a weight, or leave it out",
                 )
-        for name, sources in self.eval_sources.items():
+        for path, sources in self.held_out().items():
             for number, source in enumerate(sources):
                 if source.weight is not None or source.repeat != 1:
                     raise wrong(
                         "has a weight or a repeat, but an evaluation reads every sample once",
-                        place=f"eval_sources.{name}.{number}",
+                        place=f"{path}.{number}",
                         hint="leave it out, or make it a set of its own",
                     )
         return self
@@ -434,6 +438,11 @@ class DataConfig(PartConfig):
                     hint="give every source a weight, or read a slice: name:train[:1000]",
                 )
         return self
+
+    def held_out(self) -> dict[str, list[SourceConfig]]:
+        """Place below `data` → the sources of each evaluation and test set."""
+        evaluation = {f"eval_sources.{name}": one for name, one in self.eval_sources.items()}
+        return {**evaluation, **{f"test_sources.{n}": one for n, one in self.test_sources.items()}}
 
     @property
     def trained_turns(self) -> TrainOn:
@@ -572,7 +581,7 @@ class DataFactory(Part, family="data"):
     def problems(self) -> list[Problem]:
         """What is wrong and can be seen at once, before anything is imported or read."""
         listed = {"sources": self.config.sources}
-        listed |= {f"eval_sources.{name}": one for name, one in self.config.eval_sources.items()}
+        listed |= self.config.held_out()
         return [
             replace(problem, place=f"data.{path}.{number}.{problem.place}")
             for path, sources in listed.items()

@@ -43,6 +43,10 @@ class CausalDataConfig(DataConfig):
     type: str = "causal"
 
 
+TEST = "test: "
+"""How names of test sets begin, beside those of evaluation sets."""
+
+
 class TokenDataFactory(DataFactory):
     """What conversations and texts have in common: cached documents, cut, packed, padded.
 
@@ -103,7 +107,10 @@ class TokenDataFactory(DataFactory):
         for name, one in sets.items():
             _refuse_empty(name, one, self._described(name))
         train = sets.pop("train", None)
-        evaluation: dict[str, SampleSet] = {name: one.samples for name, one in sets.items()}
+        evaluation: dict[str, SampleSet] = {}
+        test: dict[str, SampleSet] = {}
+        for name, one in sets.items():
+            (test if name.startswith(TEST) else evaluation)[name.removeprefix(TEST)] = one.samples
         mix = self._mixture(train)
         stream = self._stream(tokenizer, cut, output_dir, world) if config.streaming else None
         reported = {**({"train": train} if train else {}), **sets}
@@ -119,6 +126,7 @@ class TokenDataFactory(DataFactory):
         return PreparedData(
             train=stream or (self._sourced(train.samples) if train else None),
             evaluation=evaluation,
+            test=test,
             plan=self._plan(train, mix, cut.seed, train_iters),
             sources=titles(config.sources),
             collate=PaddingCollate(
@@ -283,6 +291,9 @@ class TokenDataFactory(DataFactory):
             found = entries([_for_evaluation(source) for source in sources])
             # an evaluation reads every sample once
             sets[name] = self.samples(found, replace(cut, repeat=False), store=store)
+        for name, sources in config.test_sources.items():
+            found = entries([_for_evaluation(source, "test") for source in sources])
+            sets[f"{TEST}{name}"] = self.samples(found, replace(cut, repeat=False), store=store)
         if not sets and not (config.streaming and config.sources):
             raise RecipeError(
                 Problem(
@@ -294,7 +305,7 @@ class TokenDataFactory(DataFactory):
         return sets
 
     def _described(self, name: str) -> str:
-        sources = self.config.eval_sources.get(name, self.config.sources)
+        sources = self.config.held_out().get(_place(name), self.config.sources)
         return ", ".join(make_source(source).describe() for source in sources)
 
     def _encoder(self, tokenizer: PreTrainedTokenizerBase, source: SourceConfig) -> Encoder:
@@ -380,15 +391,15 @@ class CausalDataFactory(TokenDataFactory):
         return {}
 
 
-def _for_evaluation(source: SourceConfig) -> SourceConfig:
-    """A source of an evaluation set: its split is `eval` unless it says otherwise."""
+def _for_evaluation(source: SourceConfig, split: str = "eval") -> SourceConfig:
+    """A source of an evaluation or test set: its split is `split` unless it says otherwise."""
     from arctic_like.data.sources import stated_part
 
     name, part = stated_part(source)
     if part.split:
         return source
     bounds = f"[{part.start}:{part.stop}]" if part.start or part.stop else ""
-    changed: SourceConfig = source.replace(name_or_path=name, split=f"eval{bounds}")
+    changed: SourceConfig = source.replace(name_or_path=name, split=f"{split}{bounds}")
     return changed
 
 
@@ -413,12 +424,19 @@ def tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str:
     return key_of([type(tokenizer).__name__, core, template, special, versions])
 
 
+def _place(name: str) -> str:
+    """The place below `data` of a held-out set's sources."""
+    if name.startswith(TEST):
+        return f"test_sources.{name.removeprefix(TEST)}"
+    return f"eval_sources.{name}"
+
+
 def _refuse_empty(name: str, prepared: Prepared, described: str) -> None:
     """Raise RecipeError for a set without a sample; says what became of its documents."""
     if len(prepared.samples):
         return
     facts = prepared.facts
-    place = "data.sources" if name in ("train", "eval") else f"data.eval_sources.{name}"
+    place = "data.sources" if name in ("train", "eval") else f"data.{_place(name)}"
     if not facts["documents"] and facts["bad"]:
         message = f"holds no row that can be used ({described}): {facts['bad']:,} were skipped"
         first = next(one["bad_examples"][0] for one in facts["sources"] if one["bad"])

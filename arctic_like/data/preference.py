@@ -80,7 +80,7 @@ class _PreferenceDataFactory(TokenDataFactory):
 
     def _of_sources(self) -> list[Problem]:
         listed = {"data.sources": self.config.sources}
-        listed |= {f"data.eval_sources.{n}": one for n, one in self.config.eval_sources.items()}
+        listed |= {f"data.{path}": one for path, one in self.config.held_out().items()}
         found = []
         for path, sources in listed.items():
             for number, source in enumerate(sources):

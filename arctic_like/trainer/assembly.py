@@ -237,15 +237,16 @@ def _loader(config: Any, info: RunInfo, data: PreparedData) -> tuple[Plan, Loade
     from arctic_like.data.loader import Loader
     from arctic_like.data.order import BatchPlan
 
-    assert data.train is not None
+    # a test-only run goes through no training set, but its loader and plan are looked at
+    train = data.train if data.train is not None else next(iter(data.test.values()))
     seed = getattr(config.data, "seed", None)
     size = info.global_batch_size
     plan: Plan = data.plan(size) if data.plan is not None else BatchPlan(
-        size=len(data.train), global_batch_size=size,
+        size=len(train), global_batch_size=size,
         seed=info.seed if seed is None else seed, drop_last=bool(getattr(config.data, "drop_last", False)),
     )  # fmt: skip
     loader = Loader(
-        data.train, data.collate, plan, division_of(config.data, info.micro_batch_size),
+        train, data.collate, plan, division_of(config.data, info.micro_batch_size),
         rank=info.world.rank, size=info.world.size,
         num_workers=int(getattr(config.data, "dl_num_workers", 0)),
         pin_memory=info.device.startswith("cuda"),

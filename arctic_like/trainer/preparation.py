@@ -36,6 +36,11 @@ def build_data(config: Any, info: RunInfo, tokenizer: Any) -> PreparedData:
         max_positions=build(config.model, "model").facts().max_positions,
         seed=info.seed if own_seed is None else own_seed, train_iters=config.train_iters,
     )  # fmt: skip
-    if data.train is None or not len(data.train):
+    if config.test_only and not data.test:
+        raise RecipeError(
+            Problem("is true, but there is no test set", place="test_only",
+                    hint="name one in data.test_sources (data.test for data: {type: torch})")
+        )  # fmt: skip
+    if not config.test_only and (data.train is None or not len(data.train)):
         raise RecipeError(Problem("holds no sample to train on", place="data.sources"))
     return data
