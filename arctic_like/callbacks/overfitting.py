@@ -30,7 +30,7 @@ class OverfittingConfig(WatchConfig):
 
 
 class OverfittingWarning(Callback):
-    """`type: overfitting_warning`: warns once each time it begins; a new best value ends it.
+    """`type: overfitting_warning`: warns once each time it begins; an evaluation that is not worse ends it.
 
     The train loss is the mean over the steps since the evaluation before, from the train lines. Where the
     metric is a loss, its distance to the train loss is logged as `overfitting_gap` with every evaluation.
@@ -77,6 +77,7 @@ class OverfittingWarning(Callback):
         assert self._best_train is not None
         worse = self._watch.better(self._best, value) and train < self._best_train
         self._worse = self._worse + 1 if worse else 0
+        self._warned = self._warned and worse
         wide = not self._is_loss or gap > self.config.gap
         if self._worse >= self.config.patience and wide and not self._warned:
             self._warned = True
