@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from arctic_like.data.rendering import Renderer, Span
 from arctic_like.data.shapes import Message, RowError
-from arctic_like.data.turns import Probe, Turn, TurnFinder, Unclear, sentinels, unused
+from arctic_like.data.turns import Probe, Turn, TurnFinder, Unclear, sentinels, strings, unused
 
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 _CLOSE = "</think>"
@@ -47,9 +47,9 @@ def find_turns(
         try:
             signs = _Signs(text, messages)
             if way in _WAYS:
-                probe = _around(messages, signs, way)
+                probe = _around(messages, signs, way, wanted)
             else:
-                probe = _one_by_one(render, signs, text, messages, tools)
+                probe = _one_by_one(render, signs, text, messages, wanted, tools)
             written = render(probe.messages, tools=tools)
             if signs.without(written) != text:
                 continue
@@ -103,60 +103,54 @@ def find_stretches(
     wanted: message → characters of its content. A stretch that the template does not write (an
     earlier turn's thoughts, say) is left out. Raises Unclear where sentinels do not show them.
     """
-    for way in _STRIPPED:
-        signs = _Signs(text, messages)
-        marked = list(messages)
-        pairs: dict[int, list[tuple[str, str]]] = {}
-        for number, stretches in wanted.items():
-            content = messages[number]["content"]
-            first, last = _bounds(content, way)
-            at = [(min(max(at, first), last), signs.one()) for pair in stretches for at in pair]
-            drawn = [sign for _, sign in at]
-            pairs[number] = list(zip(drawn[::2], drawn[1::2], strict=True))
-            marked[number] = {**messages[number], "content": _with(content, at)}
-        try:
-            written = render(marked, tools=tools)
-        except RowError:
-            continue
-        if signs.without(written) == text and _not_written(
-            render, text, messages, pairs, way, tools
-        ):
-            return _read(signs, written, pairs)
-    raise Unclear("the template changes a content of which only a part is trained")
+    return {
+        number: _written(render, text, messages, number, stretches, tools)
+        for number, stretches in wanted.items()
+    }
 
 
-def _not_written(
+def _written(
     render: Renderer,
     text: str,
     messages: Sequence[Message],
-    numbers: Iterable[int],
-    way: str,
+    number: int,
+    stretches: Sequence[Span],
     tools: list[Any] | None,
-) -> bool:
-    """Whether the white space outside the sentinels of a way is really not written."""
-    bare = list(messages)
-    for number in numbers:
-        first, last = _bounds(messages[number]["content"], way)
-        bare[number] = {**messages[number], "content": messages[number]["content"][first:last]}
-    return way == "whole" or render(bare, tools=tools) == text
+) -> list[Span]:
+    """The characters of `text` that stretches of one message's content became."""
+    content = messages[number]["content"]
+
+    def rendered(changed: str) -> str:
+        before, after = messages[:number], messages[number + 1 :]
+        return render([*before, {**messages[number], "content": changed}, *after], tools=tools)
+
+    for way in _STRIPPED:
+        signs = _Signs(text, messages)
+        first, last = _bounds(content, way)
+        at = [(min(max(at, first), last), signs.one()) for pair in stretches for at in pair]
+        try:
+            written = rendered(_with(content, at))
+            # white space outside the sentinels must really not be written
+            holds = way == "whole" or rendered(content[first:last]) == text
+        except RowError:
+            continue
+        if holds and signs.without(written) == text:
+            drawn = [sign for _, sign in at]
+            return _read(signs, written, drawn, number)
+    raise Unclear(f"message {number + 1} is written otherwise than it stands there")
 
 
-def _read(
-    signs: _Signs, written: str, pairs: dict[int, list[tuple[str, str]]]
-) -> dict[int, list[Span]]:
+def _read(signs: _Signs, written: str, drawn: list[str], number: int) -> list[Span]:
+    """Where the sentinels of stretches, (start, stop) after (start, stop), stand."""
     places, unique = signs.places(written), sentinels(written)
-    found: dict[int, list[Span]] = {}
-    for number, mine in pairs.items():
-        found[number] = []
-        for start, stop in mine:
-            if not (start in written or stop in written):
-                continue
-            if start not in unique or stop not in unique:
-                raise Unclear(f"a part that is trained of message {number + 1} is written in parts")
-            first, last = unique[start], unique[stop]
-            found[number].append(
-                (first - bisect_left(places, first), last - bisect_left(places, last))
-            )
+    found: list[Span] = []
+    for start, stop in zip(drawn[::2], drawn[1::2], strict=True):
+        if not (start in written or stop in written):
+            continue
+        if start not in unique or stop not in unique:
+            raise Unclear(f"a part that is trained of message {number + 1} is written in parts")
+        first, last = unique[start], unique[stop]
+        found.append((first - bisect_left(places, first), last - bisect_left(places, last)))
     return found
 
 
@@ -164,15 +158,14 @@ class _Signs:
     """Sentinels that stand nowhere in a conversation."""
 
     def __init__(self, text: str, messages: Sequence[Message]) -> None:
-        strings = [text, *_strings(list(messages))]
-        self._free = iter(unused(strings, 4 * len(_WAYS) * (len(strings) + 2)))
+        self._free = unused([text, *strings(list(messages))])
         self._used: dict[int, None] = {}
 
     def one(self) -> str:
         """A sentinel that was not given out yet."""
         sign = next(self._free, None)
         if sign is None:
-            raise Unclear("too many parts of it are trained")
+            raise Unclear("it uses too many private characters")
         self._used[ord(sign)] = None
         return sign
 
@@ -186,9 +179,9 @@ class _Signs:
         return [match.start() for match in re.finditer(pattern, text)]
 
 
-def _around(messages: Sequence[Message], signs: _Signs, way: str) -> Probe:
+def _around(messages: Sequence[Message], signs: _Signs, way: str, wanted: Sequence[int]) -> Probe:
     """A conversation with sentinels around what each message says."""
-    pairs = [_marked(message, signs, way) for message in messages]
+    pairs = [_marked(m, signs, way, looked_at=n in wanted) for n, m in enumerate(messages)]
     return Probe([marked for marked, _ in pairs], [own for _, own in pairs])
 
 
@@ -197,13 +190,14 @@ def _one_by_one(
     signs: _Signs,
     text: str,
     messages: Sequence[Message],
+    wanted: Sequence[int],
     tools: list[Any] | None,
 ) -> Probe:
     """A conversation where each message has its sentinels the first way that changes nothing."""
     probe = Probe(list(messages), [[] for _ in messages])
     for number, message in enumerate(messages):
         for way in _WAYS:
-            marked, own = _marked(message, signs, way)
+            marked, own = _marked(message, signs, way, looked_at=number in wanted)
             changed = [*probe.messages[:number], marked, *probe.messages[number + 1 :]]
             if signs.without(render(changed, tools=tools)) == text:
                 probe.messages[number], probe.own[number] = marked, own
@@ -211,8 +205,14 @@ def _one_by_one(
     return probe
 
 
-def _marked(message: Message, signs: _Signs, way: str) -> tuple[Message, list[str]]:
-    """A message with sentinels around what it says, and these sentinels."""
+def _marked(
+    message: Message, signs: _Signs, way: str, *, looked_at: bool
+) -> tuple[Message, list[str]]:
+    """A message with sentinels around what it says, and these sentinels.
+
+    looked_at: its own turn is wanted, so no sentinel may stand inside its content: the content may
+    hold what looks like an end.
+    """
     mine: list[str] = []
     changed = dict(message)
     answer = message["role"] == "assistant"
@@ -221,7 +221,7 @@ def _marked(message: Message, signs: _Signs, way: str) -> tuple[Message, list[st
         changed[thoughts] = _put(message[thoughts], signs, mine, way, empty_too=False)
     content = message.get("content")
     calls = message.get("tool_calls")
-    if isinstance(content, str) and way == "inside" and not answer:
+    if isinstance(content, str) and way == "inside" and not (answer or looked_at):
         changed["content"] = _put_inside(content, signs, mine)
     elif isinstance(content, str):
         changed["content"] = _put(content, signs, mine, way, empty_too=not calls)
@@ -309,15 +309,3 @@ def _with(content: str, at: Sequence[tuple[int, str]]) -> str:
         parts += [content[done:place], sign]
         done = place
     return "".join([*parts, content[done:]])
-
-
-def _strings(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            yield str(key)
-            yield from _strings(item)
-    elif isinstance(value, list):
-        for item in value:
-            yield from _strings(item)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, islice
 
 from arctic_like.data.rendering import Renderer
 from arctic_like.data.shapes import Message, RowError
@@ -90,7 +90,9 @@ class Skeletons:
 
     def _made(self, structure: Structure, count: int) -> _Skeleton | None:
         try:
-            signs = unused([], count)
+            signs = list(islice(unused([]), count))
+            if len(signs) < count:
+                return None
             messages, own = _put_together(structure, signs)
             text = self._render(messages)
             segments, order = _split(text, signs)

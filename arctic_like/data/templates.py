@@ -48,7 +48,8 @@ class ChatTemplate:
         self.render = Renderer(tokenizer)
         names = {str(token) for token in tokenizer.added_tokens_decoder.values()}
         names |= {tokenizer.eos_token} if tokenizer.eos_token else set()
-        ordered = sorted(names - {""}, key=len, reverse=True)
+        # white space ends no turn, though some vocabularies hold runs of it as added tokens
+        ordered = sorted((n for n in names if n.replace("▁", "").strip()), key=len, reverse=True)
         self._tokens = re.compile("|".join(map(re.escape, ordered)) or r"(?!)")
         self._find = TurnFinder(self.render, self._tokens)
         self._skeletons = Skeletons(self.render, self._find)

@@ -19,9 +19,10 @@ what people wrote is searched for.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
+from typing import Any
 
 from arctic_like.data.rendering import Renderer
 from arctic_like.data.shapes import Message, RowError
@@ -110,7 +111,8 @@ class _One:
         """The sentinel before the turn, and what stands between it and the turn's start."""
 
     def turn(self) -> Turn:
-        if not self.own and not self._calls_without_tokens():
+        calls = bool(self.message.get("tool_calls"))
+        if not self.own and (not calls or self._holds_tokens(shown=True)):
             raise Unclear(f"the template does not write message {self.number + 1} exactly once")
         start = self._start() if self.message["role"] == "assistant" else self.own[0]
         # a call whose name is written again with its result shows no place of its own
@@ -120,10 +122,16 @@ class _One:
             raise Unclear(f"message {self.number + 1} is not written in one piece")
         return Turn(start, stop, end)
 
-    def _calls_without_tokens(self) -> bool:
-        """Whether the message calls tools, and no added token stands in what it calls them with."""
-        calls = self.message.get("tool_calls")
-        return bool(calls) and not self.finder.tokens.search(_SENTINEL.sub("", repr(calls)))
+    def _holds_tokens(self, *, shown: bool) -> bool:
+        """Whether an added token stands in what the message calls tools with.
+
+        shown: look at strings with a sentinel too, behind which nothing of them follows.
+        """
+        return any(
+            self.finder.tokens.search(_SENTINEL.sub("", text))
+            for text in strings(self.message.get("tool_calls"))
+            if shown or not _SENTINEL.search(text)
+        )
 
     def _render(self, count: int, *, generation: bool = False) -> str:
         return self.finder.render(
@@ -153,7 +161,7 @@ class _One:
 
     def _plain_header(self, anchor: str) -> str:
         """What stands between the anchor and the message if all that it says is one sentinel."""
-        (plain,) = unused([self.text, *chain.from_iterable(self.probe.own)], 1)
+        plain = next(unused([self.text, *chain.from_iterable(self.probe.own)]), "")
         messages = list(self.probe.messages)
         messages[self.number] = {"role": self.message["role"], "content": plain}
         try:
@@ -189,9 +197,9 @@ class _One:
         alone = self.text[behind:] if last else self._behind(self._render(self.number + 1))
         calls = bool(self.message.get("tool_calls"))
         found = self._token_in(common_start(alone, after), alone, after, calls=calls)
+        if calls and (found is None or self._holds_tokens(shown=False)):
+            raise Unclear(f"the calls of message {self.number + 1} have no clear end-of-turn token")
         if found is None:
-            if calls:
-                raise Unclear(f"the calls of message {self.number + 1} have no end-of-turn token")
             return behind, behind
         return behind + found[0], behind + found[1]
 
@@ -250,18 +258,23 @@ def sentinels(text: str) -> dict[str, int]:
     return {sentinel: at for sentinel, at in places.items() if sentinel not in twice}
 
 
-def unused(texts: Sequence[str], count: int) -> list[str]:
-    """Private characters that are in none of some texts. Raises Unclear if there are too few."""
+def strings(value: Any) -> Iterator[str]:
+    """Every text in lists and maps, keys too."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield str(key)
+            yield from strings(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from strings(item)
+
+
+def unused(texts: Iterable[str]) -> Iterator[str]:
+    """Private characters that are in none of some texts, as long as there are any."""
     taken = set().union(*texts)
-    free: list[str] = []
-    for code in PRIVATE[1:-1]:
-        if len(free) == count:
-            break
-        if chr(code) not in taken:
-            free.append(chr(code))
-    if len(free) < count:
-        raise Unclear("it uses too many private characters")
-    return free
+    return (chr(code) for code in PRIVATE[1:-1] if chr(code) not in taken)
 
 
 def common_start(one: str, other: str) -> str:

@@ -337,6 +337,52 @@ def test_thinking_of_earlier_turns_goes():
     ]
 
 
+def test_an_end_token_in_a_content_is_no_end():
+    """Where an empty system text decides what the template writes, sentinels stand elsewhere."""
+    template = ChatTemplate(tokenizer_for("gpt_oss"))
+    messages = [
+        {"role": "system", "content": ""},
+        {"role": "user", "content": "say <|end|> to me", "train": True},
+        {"role": "assistant", "content": "<|end|>"},
+    ]
+    rendered = template.trained(messages)
+    assert [rendered.text[a:b] for a, b in rendered.spans] == [
+        "say <|end|> to me<|end|>",
+        "<|channel|>final<|message|><|end|><|return|>",
+    ]
+
+
+def test_an_end_token_in_a_call_without_end_is_refused():
+    template = with_template(
+        "{% for m in messages %}{{ m.role }}: {{ m.content or '' }}"
+        "{% for call in m.tool_calls or [] %}{{ call.function | tojson }}{% endfor %}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    function = {"name": "f", "arguments": {"a": "b", "<|im_end|>": 3}}
+    messages = [TALK[0], {"role": "assistant", "tool_calls": [{"function": function}]}]
+    with pytest.raises(RowError, match="no clear end-of-turn token"):
+        template.trained(messages)
+
+
+def test_runs_of_white_space_end_no_turn():
+    """Some vocabularies hold them as added tokens."""
+    import copy
+
+    from tokenizers import AddedToken
+
+    tokenizer = copy.deepcopy(tokenizer_for("gpt_oss"))
+    tokenizer.add_tokens([AddedToken("\n\n", special=False)])
+    messages = [
+        {"role": "system", "content": ""},
+        TALK[0],
+        {"role": "assistant", "content": "a\n\n"},
+    ]
+    rendered = ChatTemplate(tokenizer).trained(messages)
+    assert [rendered.text[a:b] for a, b in rendered.spans] == [
+        "<|channel|>final<|message|>a\n\n<|return|>"
+    ]
+
+
 def test_a_stretch_of_what_is_stripped_on_one_side():
     """Qwen 3 strips line breaks off the start of an answer, and leaves those at its end."""
     template = with_template(QWEN3)
