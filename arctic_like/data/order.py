@@ -49,17 +49,31 @@ def _mix_array(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 @lru_cache(maxsize=64)
-def _round_keys(key: int) -> tuple[np.uint64, ...]:
-    return tuple(np.uint64(key_of(key, number)) for number in range(_ROUNDS))
+def _round_keys(key: int) -> NDArray[np.uint64]:
+    """(rounds, 1): one key for all values."""
+    return np.array([[key_of(key, number)] for number in range(_ROUNDS)], dtype=np.uint64)
 
 
-def _feistel(values: NDArray[np.uint64], *, half: int, key: int) -> NDArray[np.uint64]:
+def _each_round_keys(keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """(rounds, values): `_round_keys` of a key for each value."""
+    begun = _mixed(_mixed(keys))
+    return np.stack([_mixed(begun ^ np.uint64(mix(number))) for number in range(_ROUNDS)])
+
+
+def _mixed(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """`mix`, element by element."""
+    return _mix_array(values + np.uint64(_GOLDEN))
+
+
+def _feistel(
+    values: NDArray[np.uint64], *, half: int, keys: NDArray[np.uint64]
+) -> NDArray[np.uint64]:
     """A bijection of the integers of 2 × `half` bits (balanced Feistel network; Luby, Rackoff
-    1988)."""
+    1988). keys: (rounds, 1) or (rounds, values)."""
     mask = np.uint64((1 << half) - 1)
     left, right = values >> np.uint64(half), values & mask
-    for round_key in _round_keys(key):
-        left, right = right, left ^ (_mix_array(right ^ round_key) & mask)
+    for round_keys in keys:
+        left, right = right, left ^ (_mix_array(right ^ round_keys) & mask)
     return (left << np.uint64(half)) | right
 
 
@@ -75,14 +89,33 @@ def permute(
     wanted = np.asarray(positions, dtype=np.int64)
     if wanted.size and (wanted.min() < 0 or wanted.max() >= size):
         raise IndexError(f"positions must lie in range({size})")
+    values = _walked(wanted.astype(np.uint64).ravel(), size=size, keys=_round_keys(key))
+    return values.astype(np.int64).reshape(wanted.shape)
+
+
+def permute_each(
+    places: NDArray[np.int64], passes: NDArray[np.int64], *, size: int, seed: int, source: int
+) -> NDArray[np.int64]:
+    """`permute` of each place by the permutation of its own pass, key_of(seed, source, pass): int64,
+    one-dimensional as both are. Places lie in `range(size)`."""
+    prefix = np.uint64(key_of(seed, source))
+    keys = _mixed(prefix ^ _mixed(passes.astype(np.uint64)))
+    values = _walked(places.astype(np.uint64), size=size, keys=_each_round_keys(keys))
+    return values.astype(np.int64)
+
+
+def _walked(
+    values: NDArray[np.uint64], *, size: int, keys: NDArray[np.uint64]
+) -> NDArray[np.uint64]:
     half = max(1, ((size - 1).bit_length() + 1) // 2)
-    values = _feistel(wanted.astype(np.uint64).ravel(), half=half, key=key)
+    values = _feistel(values, half=half, keys=keys)
     outside = np.flatnonzero(values >= np.uint64(size))
     while outside.size:
-        again = _feistel(values[outside], half=half, key=key)
+        mine = keys if keys.shape[1] == 1 else keys[:, outside]
+        again = _feistel(values[outside], half=half, keys=mine)
         values[outside] = again
         outside = outside[again >= np.uint64(size)]
-    return values.astype(np.int64).reshape(wanted.shape)
+    return values
 
 
 @lru_cache(maxsize=8)
@@ -239,11 +272,11 @@ class MixedPlan:
         walked = epoch * np.asarray(self.draws)[source] + slots - borders[source]
         passes, places = np.divmod(walked, np.asarray(self.sizes)[source])
         samples = np.cumsum((0, *self.sizes))[source]
-        # few keys, mostly: a batch meets one pass of each source, or two
-        for one, turn in np.unique(np.stack([source, passes]), axis=1).T.tolist():
-            here = (source == one) & (passes == turn)
-            key = key_of(self.seed, 1 + one, turn)
-            samples[here] += permute(places[here], size=self.sizes[one], key=key)
+        for one in np.unique(source).tolist():
+            here = source == one
+            samples[here] += permute_each(
+                places[here], passes[here], size=self.sizes[one], seed=self.seed, source=1 + one
+            )
         return GlobalBatch(position, epoch, samples)
 
 
