@@ -187,7 +187,7 @@ def test_a_stream_killed_while_it_prepares(tmp_path: Path, runs: Path) -> None:
         "from arctic_like.data import encoders\n"
         "plain = encoders.ConversationEncoder.__call__\n"
         "def slowly(self, rows):\n"
-        "    time.sleep(0.7)\n"
+        "    time.sleep(0.3)\n"
         "    return plain(self, rows)\n"
         "encoders.ConversationEncoder.__call__ = slowly\n"
     )
