@@ -21,6 +21,7 @@ REFUSED = (
     "deepspeed.zero_optimization.stage", "overfit_first_batch",
 )  # fmt: skip
 HARMLESS = (
+    "data.balance", "data.max_tokens_per_batch", "data.source_metrics",
     "data.cache_dir", "data.num_proc", "data.dl_num_workers", "data.eval_sources", "data.test_sources",
     "data.fail_on_missing_cache", "data.use_data_cache", "data.cache_processed_data",
     "model.attn_implementation", "model.disable_activation_checkpoint", "model.save_name",
