@@ -7,7 +7,7 @@ import pytest
 
 from arctic_like.data.order import BatchPlan, GroupedPlan
 from arctic_like.errors import RecipeError
-from arctic_like.trainer.continuity import check_batch_size
+from arctic_like.trainer.continuity import changes, check_batch_size, refused
 
 
 def test_batches_of_like_length_keep_their_size() -> None:
@@ -17,3 +17,9 @@ def test_batches_of_like_length_keep_their_size() -> None:
     check_batch_size(saved, GroupedPlan(BatchPlan(100, 8, 0), np.arange(100), 0))
     with pytest.raises(RecipeError, match=r"global_batch_size: was 8 .* is 4 now"):
         check_batch_size(saved, GroupedPlan(plain, np.arange(100), 0))
+
+
+def test_a_resume_may_divide_global_batches_otherwise() -> None:
+    after = {"data": {"balance": False, "max_tokens_per_batch": 4096, "source_metrics": False}}
+    assert not refused(changes({"data": {}}, after))
+    assert refused(changes({"data": {}}, {"data": {"group_by_length": True}}))
