@@ -1,7 +1,7 @@
 # arctic_like: everything runs in .venv, which is made once and again when the pins change.
 
 PYTHON ?= python3
-EXTRAS := dev,tensorboard,wandb,peft
+EXTRAS := dev,tensorboard,wandb,peft,examples,metrics,onnx,sql
 VENV := .venv
 PINS := $(shell cat constraints.txt pyproject.toml | cksum | tr -d ' ')
 READY := $(VENV)/.ready-$(PINS)

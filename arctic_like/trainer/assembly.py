@@ -178,7 +178,7 @@ def callback_configs(config: Any) -> list[Any]:
 
     configs = list(config.callbacks)
     if config.mem_profiler is not None:
-        short = lookup("callback", "cuda_memory").config_type
+        short: Any = lookup("callback", "cuda_memory").config_type
         configs.append(
             short(type="cuda_memory", mode=config.mem_profiler, output_dir=config.mem_profiler_dir,
                   max_entries=config.mem_profiler_max_entries)
