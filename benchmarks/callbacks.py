@@ -4,7 +4,8 @@
 
 Each has every moment as an empty method of its own: what is left is the calling. Two numbers. The *ratio*
 of steps in alternating blocks (with, without, with, …), as in overhead.py; at so small a cost it is noise
-around zero. And the *calls* alone: the moments of a step, timed in a loop between steps. The goal: under 0.5 % of a step of 50 ms.
+around zero. And the *calls* alone: the moments of a step, timed in a loop between steps. The
+goal: under 0.5 % of a step of 50 ms.
 """
 
 from __future__ import annotations
