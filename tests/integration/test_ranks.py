@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from .tools import drive, recipe, train_lines, write_conversations, write_recipe
+from .tools import PORTS, drive, recipe, train_lines, write_conversations, write_recipe
 
 STEPS = 20
 STAGES = (0, 1, 2, 3)
@@ -85,3 +85,9 @@ def test_a_run_goes_on_at_another_number_of_ranks(runs: Runs, stage: int) -> Non
     """7 steps on two ranks, 6 on one, 7 on two: the run that always had two, same samples."""
     same(runs.lines(f"moving-{stage}"), runs.lines(f"two-{stage}"))
     assert runs.facts(f"moving-{stage}")["samples"] == runs.facts("one")["samples"][13:]
+
+
+def test_no_memory_is_left_behind(runs: Runs) -> None:
+    """DeepSpeed's buffers between ranks on a CPU have lost their names once the runs are over."""
+    left = [p.name for p in Path("/dev/shm").glob("deepspeed_allreduce_buffer_*")]
+    assert not [name for name in left if any(f"_{port}_" in name for port in PORTS)]

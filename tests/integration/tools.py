@@ -14,6 +14,8 @@ from typing import Any
 
 import yaml
 
+PORTS: list[int] = []
+"""Of every launch of `drive`: what shared names of its ranks would hold."""
 CLOCKS = {"step_time", "tokens_per_second"}
 WORDS = [
     "ice",
@@ -123,12 +125,13 @@ def drive(jobs: list[dict[str, Any]], *, ranks: int, folder: Path, timeout: int 
     listing = folder / f"jobs-{ranks}-{free_port()}.json"
     listing.write_text(json.dumps(jobs))
     script = str(Path(__file__).with_name("drive.py"))
+    PORTS.append(port := free_port())
     if ranks == 1:
         command = [sys.executable, script, str(listing)]
     else:
         command = [
             sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks),
-            "--master_port", str(free_port()), "--no_local_rank", script, str(listing),
+            "--master_port", str(port), "--no_local_rank", script, str(listing),
         ]  # fmt: skip
     done = subprocess.run(
         command, env=environment(), capture_output=True, text=True, timeout=timeout, check=False
