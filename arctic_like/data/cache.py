@@ -202,6 +202,8 @@ def _take_over(entry: Path, aside: Path, *, alone: bool) -> None:
             shutil.rmtree(path, ignore_errors=True)
     if aside.exists() and progress(aside) is None:
         shutil.rmtree(aside, ignore_errors=True)
+    for half in aside.glob("*.json.*"):  # killed while it wrote a note
+        half.unlink(missing_ok=True)
 
 
 def _copy(path: Path, aside: Path) -> None:
@@ -269,6 +271,9 @@ class _Lock:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self.alone:
+            # not by closing alone: a forked process may have it open too
+            fcntl.flock(self._file, fcntl.LOCK_UN)
         self._file.close()
 
     def take(self) -> bool:

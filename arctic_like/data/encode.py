@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain, islice, pairwise
@@ -91,9 +91,11 @@ def batched(rows: Iterable[ReadRow]) -> Iterator[list[ReadRow]]:
         yield batch
 
 
-def encoded(rows: Iterable[ReadRow], encoder: Encoder, *, num_proc: int) -> Iterator[Encoded]:
+def encoded(
+    rows: Iterable[ReadRow], encoder: Encoder, *, num_proc: int
+) -> Generator[Encoded, None, None]:
     """The documents of all rows, in order, a batch at a time; with `num_proc` above 1 by that many
-    processes, unless one batch is all there is.
+    processes, unless one batch is all there is. They end with the generator: close it.
 
     Only a few batches are under way at any time. What could not be read is listed in `bad` as well.
     """
@@ -102,8 +104,9 @@ def encoded(rows: Iterable[ReadRow], encoder: Encoder, *, num_proc: int) -> Iter
     first = list(islice(batches, 2))
     batches = chain(first, batches)
     if num_proc == 1 or len(first) < 2 or current_process().daemon:  # which may have no children
-        return map(work, batches)
-    return in_processes(work, batches, processes=num_proc)
+        yield from map(work, batches)
+        return
+    yield from in_processes(work, batches, processes=num_proc)
 
 
 def encode_batch(encoder: Encoder, batch: Sequence[ReadRow]) -> Encoded:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -155,7 +156,8 @@ class _Preparation:
             logger.info(f"{self._source.describe()}: going on after row {done.rows:,}")
         rows = islice(chosen_rows(self._source), done.rows, None)
         batches = encoded(rows, encoder, num_proc=processes)
-        with progress_of(f"tokenising {self._source.describe()}") as shown:
+        title = f"tokenising {self._source.describe()}"
+        with closing(batches), progress_of(title) as shown:
             for batch in batches:
                 self._take(batch)
                 shown.update(done.rows, writer.tokens)
