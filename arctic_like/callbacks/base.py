@@ -258,8 +258,8 @@ class CallbackList:
 
     def ask(self, moment: str, trainer: Trainer, *values: Any) -> bool:
         """Whether any callback answers True; all are asked."""
-        methods = self._find(moment)
-        return any([bool(method(trainer, *values)) for _, method in methods])
+        answers = [method(trainer, *values) for _, method in self._find(moment)]
+        return True in answers
 
     def around(self, moment: str, trainer: Trainer) -> AbstractContextManager[Any]:
         """The context managers that the callbacks return for `moment`, entered in order."""
