@@ -75,23 +75,36 @@ class WatchAverage(Callback):
 
 
 class WatchFrozen(Callback):
-    """Which trained parameters a step changed."""
+    """Which trained parameters a step changed: master weight, the module's, or this rank's momentum."""
 
     name = "watch_frozen"
     config_type = CallbackConfig
 
     def on_setup_end(self, trainer: Any) -> None:
         self.moved: list[list[str]] = []
-        self.weights = dict(trainer.learner().engine.master_weights())
-        self.seen = {n: w.clone() for n, w in trainer.learner().engine.named_full_parameters()}
+        self.before = self.look(trainer.learner().engine)
+
+    def look(self, engine: Any) -> dict[str, list[torch.Tensor]]:
+        """Parameter → copies of all that a step may change."""
+        found = {name: [weight] for name, weight in engine.master_weights()}
+        for name, weight in engine.named_full_parameters():
+            found[name].append(weight.clone())
+        states = engine.base_optimizer.state
+        momenta = [
+            states.get(f, {}).get("exp_avg", torch.zeros_like(f)) for f in engine.layout.flats
+        ]
+        for name, parameter in engine.trained().items():
+            piece = engine.layout.piece(parameter, momenta)
+            found[name] += [] if piece is None else [piece.clone()]
+        return found
 
     def on_step_end(self, trainer: Any) -> None:
-        engine = trainer.learner().engine
-        now = dict(engine.master_weights())
-        seen = {n: w.clone() for n, w in engine.named_full_parameters()}
-        self.moved.append([n for n in now if not torch.equal(now[n], self.weights[n])
-                           or not torch.equal(seen[n], self.seen[n])])  # fmt: skip
-        self.weights, self.seen = now, seen
+        now = self.look(trainer.learner().engine)
+        self.moved.append([
+            name for name, values in now.items()
+            if not all(map(torch.equal, values, self.before[name]))
+        ])  # fmt: skip
+        self.before = now
 
     def on_train_end(self, trainer: Any) -> None:
         if trainer.world.is_main:
