@@ -17,8 +17,8 @@ from pydantic.fields import FieldInfo
 
 from arctic_like import registry
 from arctic_like.config.base import Config
-from arctic_like.config.docs import attribute_docs, describe
 from arctic_like.config.delta import Delta
+from arctic_like.config.docs import attribute_docs, describe
 from arctic_like.config.interval import Interval
 from arctic_like.registry.choice import Choice
 from arctic_like.trainer.config import TrainerConfig

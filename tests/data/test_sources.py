@@ -9,8 +9,8 @@ import pytest
 from pydantic import ValidationError
 
 from arctic_like.data.base import BadRow, DataSource, SourceConfig, make_source, usable
-from arctic_like.data.tokenise import chosen_rows
 from arctic_like.data.sources import Stretch, read_conversations
+from arctic_like.data.tokenise import chosen_rows
 from arctic_like.errors import RecipeError
 
 ROWS = [{"text": f"row {i}", "number": i} for i in range(10)]
