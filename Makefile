@@ -10,7 +10,7 @@ READY := $(VENV)/.ready-$(PINS)
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-all test-gpu check format docs bench clean
+.PHONY: help setup quickstart test test-all test-gpu check format docs bench bench-data clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /make \1: /p' Makefile
@@ -58,6 +58,10 @@ docs: setup  ## write docs/recipe.md from the config classes
 
 bench: setup  ## time per step beside a bare DeepSpeed loop
 	$(VENV)/bin/python benchmarks/overhead.py
+
+bench-data: setup  ## preparing 100 MB of conversations, beside the tokenizer alone and TRL
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
+	$(VENV)/bin/python benchmarks/data.py
 
 clean:  ## remove .venv and caches; runs/ stays
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
