@@ -121,11 +121,13 @@ def table(config: type[Config], *, without: type[Config] | None = None) -> Itera
     }  # fmt: skip
     if not fields:
         return
-    old = {new: spelling for spelling, new in config.aliases.items()}
+    others: dict[str, list[str]] = {}
+    for spelling, new in config.aliases.items():
+        others.setdefault(new, []).append(f"`{spelling}`")
     rows = ["| key | value | default | |", "|---|---|---|---|"]
     inner: dict[str, type[Config]] = {}
     for name, field in fields.items():
-        also = f" (also `{old[name]}`)" if name in old else ""
+        also = f" (also {', '.join(others[name])})" if name in others else ""
         text = " ".join(texts[name].split()) + remark(config, name)
         value = kind(field.annotation, field.metadata, inner)
         rows.append(f"| `{name}`{also} | {value} | {default(field)} | {text} |")

@@ -46,6 +46,13 @@ class Config(BaseModel):
     example: ClassVar[dict[str, Any]] = {}
     """What `arctic-train init` states for this map, beside the required keys."""
 
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        """A key of one's own is that key, whatever a class above calls by its name."""
+        super().__pydantic_init_subclass__(**kwargs)
+        if "aliases" not in cls.__dict__ and cls.aliases.keys() & cls.model_fields.keys():
+            cls.aliases = {k: v for k, v in cls.aliases.items() if k not in cls.model_fields}
+
     @model_validator(mode="before")
     @classmethod
     def _canonical(cls, data: Any) -> Any:
@@ -53,11 +60,13 @@ class Config(BaseModel):
         if not isinstance(data, dict) or not cls.aliases.keys() & data.keys():
             return data
         result: dict[Any, Any] = {}
+        spelled: dict[Any, Any] = {}
         for key, value in data.items():
             name = cls.aliases.get(key, key)
-            if name != key and name in data:
-                raise wrong(f"and {name!r} are the same key", place=key, hint=f"keep {name!r}")
-            result[name] = value
+            other = name if name in data else spelled.get(name)
+            if name != key and other is not None:
+                raise wrong(f"and {other!r} are the same key", place=key, hint=f"keep {other!r}")
+            result[name], spelled[name] = value, key
         return result
 
     @classmethod

@@ -81,17 +81,20 @@ def canonical(
         return node
     config, inner = chosen(shape, types, owners)
     children: dict[str, Node] = {}
+    spelled: dict[str, str] = {}
     key: str
     for key, child in node.value.items():
         name = str(config.aliases.get(key, key)) if config is not None else key
-        if name != key and name in node.value:
+        other = name if name in node.value else spelled.get(name)
+        if name != key and other is not None:
             problems.append(
                 Problem(
-                    f"and {name!r} are the same key", dotted((*path, key)), f"keep {name!r}",
+                    f"and {other!r} are the same key", dotted((*path, key)), f"keep {other!r}",
                     child.origin.file, child.origin.line,
                 )
             )  # fmt: skip
             continue
+        spelled[name] = key
         below = shape_of(config, shape, name)
         below_types = types.child(name) if types is not None else None
         if below_types is None and types is not None:

@@ -66,6 +66,8 @@ _LOWER_IS_BETTER = ("loss", "error", "perplexity", "nll", "mae", "mse", "rmse", 
 class MetricMonitor(Config):
     """The metric that "best" means; a bare string is its `metric`."""
 
+    aliases: ClassVar[dict[str, str]] = {"metric_name": "metric"}
+
     metric: str = "eval/loss"
     """Name of an evaluation metric, as it stands in `metrics.jsonl`; `eval/` may be left out."""
 
@@ -132,7 +134,11 @@ class TrainerConfig(PartConfig):
     no_effect: ClassVar[dict[str, str]] = {
         "skip_validation": "a part that goes with the trainer by derivation is accepted as it is",
     }
-    aliases: ClassVar[dict[str, str]] = {"eval_frequency": "eval_interval"}
+    aliases: ClassVar[dict[str, str]] = {
+        "eval_frequency": "eval_interval",
+        "val_interval": "eval_interval",
+        "max_steps": "train_iters",
+    }
     example: ClassVar[dict[str, Any]] = {
         "model": {"name_or_path": "Qwen/Qwen3-0.6B"},
         "data": {"sources": ["./train.jsonl"]},
