@@ -7,6 +7,11 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 @dataclass(frozen=True)
@@ -24,6 +29,17 @@ class World:
     def is_main(self) -> bool:
         """True on the one rank that writes files and talks to the user."""
         return self.rank == 0
+
+    @cached_property
+    def mesh(self) -> DeviceMesh:
+        """All ranks as a torch DeviceMesh of one dimension, "dp": they are all data-parallel.
+
+        Made on first use, which is collective. The process groups are open by then.
+        """
+        from torch.distributed.device_mesh import init_device_mesh
+
+        kind = self.device.partition(":")[0]
+        return init_device_mesh(kind, (self.size,), mesh_dim_names=("dp",))
 
     @classmethod
     def from_environment(cls, device: str = "cpu") -> World:

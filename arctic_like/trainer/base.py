@@ -112,6 +112,7 @@ class Trainer(Part, Moments, Surface, family="trainer"):
         self._last_line = -1
         self._evaluations_made = 0
         self._steps_this_run = 0
+        self._local_batches = 0
         self._marks = {"step": time.perf_counter(), "line": 0}
         self._last_times: dict[str, float] = {}
         self._rates: dict[str, float] = {}
@@ -725,6 +726,7 @@ class Trainer(Part, Moments, Surface, family="trainer"):
         self.progress.global_step += 1
         self.progress.position += len(batch.global_batch.samples)
         self._steps_this_run += 1
+        self._local_batches += len(batch.micro_batches)
         self._rates = self._learning_rates()
         for learner in self.learners.values():
             learner.after_step()

@@ -30,6 +30,7 @@ class Surface:
     progress: Progress
     session: Session
     equipment: Equipment
+    _local_batches: int
 
     @property
     def world(self) -> World:
@@ -50,6 +51,11 @@ class Surface:
     def current_epoch(self) -> int:
         """Whole epochs done; during an epoch its number, from 0."""
         return self.progress.position // self.equipment.plan.samples_per_epoch
+
+    @property
+    def local_batches(self) -> int:
+        """Micro-batches of this rank in the steps done since this start or resume; not saved."""
+        return self._local_batches
 
     @property
     def epochs(self) -> float:
@@ -117,6 +123,20 @@ class Surface:
         """The plain model of a learner."""
         return self.learner(name).engine.module
 
+    def get_optimizer(self, name: str = MAIN) -> Any:
+        """The optimizer of a learner. Raises RunError where it is frozen."""
+        return self._trained(name).optimizer
+
+    def get_scheduler(self, name: str = MAIN) -> Any:
+        """The scheduler of a learner. Raises RunError where it is frozen."""
+        return self._trained(name).scheduler
+
+    def _trained(self, name: str) -> Learner:
+        learner = self.learner(name)
+        if learner.frozen:
+            raise RunError(f"learner {name!r} is frozen: it has no optimizer and no scheduler")
+        return learner
+
     @property
     def named_models(self) -> dict[str, nn.Module]:
         """Learner → its plain model."""
@@ -136,8 +156,8 @@ class Surface:
         """The learner that a model, optimizer or scheduler belongs to. Raises RunError for a
         stranger."""
         for name, one in self.learners.items():
-            if any(part is own for own in (one.engine, one.engine.engine, one.engine.module,
-                                           one.optimizer, one.scheduler)):  # fmt: skip
+            owned = (one.engine, one.engine.engine, one.engine.module, one.optimizer, one.scheduler)
+            if part is not None and any(part is own for own in owned):
                 return name
         raise RunError(f"{type(part).__name__} belongs to no learner of this run")
 
