@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from arctic_like.trainer.base import Trainer
     from arctic_like.trainer.learner import Learner
 
-FORMAT = 1
+FORMAT = 2
 
 
 class Saver:
