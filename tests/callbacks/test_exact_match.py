@@ -292,7 +292,11 @@ def test_summary_goes_from_the_first_to_the_last_values_over_a_resume(callback):
     ("rows", "config", "expected"),
     [
         ([], {}, "holds no rows"),
-        ([{"text": "x"}], {}, "has a `text`, which is no conversation; expected is `messages`.*rows.jsonl:1"),
+        (
+            [{"text": "x"}],
+            {},
+            "has a `text`, which is no conversation; expected is `messages`.*rows.jsonl:1",
+        ),
         ([{"messages": [{"role": "user", "content": "q"}]}], {}, "without a question and its"),
         ([conversation("q", "a")], {"group_by": "kind"}, "without the column 'kind'"),
         ([conversation("q" * 300, "a")], {}, "more than the model's 256 positions"),
