@@ -502,6 +502,11 @@ class DataSource(Part, family="source"):
             if count > passed:
                 yield {"rows": count}, place, row
 
+    def expected_rows(self) -> int | None:
+        """About how many rows there are, where that is known without reading them; asked behind
+        `content_key`, to show progress."""
+        return None
+
     def content_key(self) -> str:
         """Changes exactly when the rows change. By default found by reading all of them."""
         import json

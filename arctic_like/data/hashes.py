@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from arctic_like.errors import RunError
@@ -30,6 +31,14 @@ Identity = list[int]
 """Size, inode, mtime and ctime in ns."""
 
 
+@dataclass(frozen=True)
+class Content:
+    """What is remembered of a file: its hash, and its lines, from which progress is told."""
+
+    xxh3_128: str
+    lines: int
+
+
 class Hashes:
     """Remembered hashes. verify: read every file again, and remember that."""
 
@@ -37,6 +46,7 @@ class Hashes:
         self._folder = folder
         self._verify = verify
         self._seen: dict[Path, Identity] = {}
+        self._lines: dict[Path, int] = {}
 
     def of(self, path: Path) -> str:
         """A file's hash, remembered or read."""
@@ -44,13 +54,19 @@ class Hashes:
         before = _identity(path)
         self._seen[path] = before
         place = self._place(path)
-        if not self._verify and (known := _recall(place, path, before)):
-            return known
-        found = read_hash(path)
-        newest = max(before[2:]) / 1e9
-        if _identity(path) == before and time.time() - newest > _FRESH_SECONDS:
-            self._remember(place, {"path": str(path), "identity": before, "xxh3_128": found})
-        return found
+        known = None if self._verify else _recall(place, path, before)
+        if known is None:
+            known = read_through(path)
+            newest = max(before[2:]) / 1e9
+            if _identity(path) == before and time.time() - newest > _FRESH_SECONDS:
+                content = {"path": str(path), "identity": before, **asdict(known)}
+                self._remember(place, content)
+        self._lines[path] = known.lines
+        return known.xxh3_128
+
+    def lines(self, path: Path) -> int | None:
+        """Lines of a file that was asked for before."""
+        return self._lines.get(Path(os.path.abspath(path)))
 
     def refuse_changes(self) -> None:
         """Raise RunError if a file is no longer what was hashed."""
@@ -98,18 +114,26 @@ def remembered(root: Path, *, verify: bool) -> Iterator[Hashes]:
 def file_hash(path: Path) -> str:
     """xxh3 (128 bits) of a file's content; within `remembered` not read again if it is known."""
     hashes = _active.get()
-    return read_hash(path) if hashes is None else hashes.of(path)
+    return read_through(path).xxh3_128 if hashes is None else hashes.of(path)
 
 
-def read_hash(path: Path) -> str:
-    """xxh3 (128 bits) of a file's content, read in pieces."""
+def line_count(path: Path) -> int | None:
+    """Within `remembered`: the lines of a file whose hash was asked for."""
+    hashes = _active.get()
+    return None if hashes is None else hashes.lines(path)
+
+
+def read_through(path: Path) -> Content:
+    """What a file holds, read in pieces."""
     import xxhash
 
-    digest = xxhash.xxh3_128()
+    digest, lines, last = xxhash.xxh3_128(), 0, b"\n"
     with path.open("rb") as file:
         while block := file.read(1 << 22):
             digest.update(block)
-    return str(digest.hexdigest())
+            lines += block.count(b"\n")
+            last = block[-1:]
+    return Content(digest.hexdigest(), lines + (last != b"\n"))
 
 
 def refuse_changes() -> None:
@@ -129,12 +153,12 @@ def _identity(path: Path) -> Identity:
     return [found.st_size, found.st_ino, found.st_mtime_ns, found.st_ctime_ns]
 
 
-def _recall(place: Path, path: Path, identity: Identity) -> str:
-    """What is remembered of a path with an identity; empty if nothing."""
+def _recall(place: Path, path: Path, identity: Identity) -> Content | None:
+    """What is remembered of a path with an identity."""
     try:
         known = json.loads(place.read_text())
-    except (OSError, ValueError):
-        return ""
-    if not isinstance(known, dict) or known.get("path") != str(path):
-        return ""
-    return str(known["xxh3_128"]) if known.get("identity") == identity else ""
+        if known["path"] == str(path) and known["identity"] == identity:
+            return Content(known["xxh3_128"], known["lines"])
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    return None

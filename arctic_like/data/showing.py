@@ -20,32 +20,43 @@ class Shown(Protocol):
 
 
 @contextmanager
-def progress_of(what: str) -> Iterator[Shown]:
-    """Shows the progress of what is done within.
+def progress_of(what: str, total: int | None = None) -> Iterator[Shown]:
+    """Shows the progress of what is done within. total: about how many rows there are, if known.
 
     Only the process that does the work calls this, so none that waits says anything here.
     """
     console = terminal()
     if console is None:
-        yield _Lines(what)
+        yield _Lines(what, total)
         return
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
-    columns = (TextColumn("{task.description}"), BarColumn(20), TextColumn("{task.fields[said]}"),
-               TimeElapsedColumn())  # fmt: skip
+    columns = (
+        TextColumn("{task.description}", markup=False), BarColumn(20),
+        TextColumn("{task.fields[said]}"),
+        TimeElapsedColumn() if total is None else TimeRemainingColumn(),
+    )  # fmt: skip
     with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task(what, total=None, said="")
+        task = bar.add_task(what, total=total, said="")
 
         class OnTerminal:
             def update(self, rows: int, tokens: int) -> None:
-                bar.update(task, said=f"{rows:,} rows, {tokens:,} tokens")
+                said = f"{rows:,} rows, {tokens:,} tokens"
+                bar.update(task, completed=rows, said=said)
 
         yield OnTerminal()
 
 
 class _Lines:
-    def __init__(self, what: str) -> None:
+    def __init__(self, what: str, total: int | None) -> None:
         self._what = what
+        self._total = total
         self._began = self._told = time.monotonic()
         self._before: int | None = None
 
@@ -59,4 +70,5 @@ class _Lines:
             return
         self._told = now
         rate = (tokens - self._before) / (now - self._began)
-        logger.info(f"{self._what}: {rows:,} rows, {tokens:,} tokens, {rate:,.0f} tokens/s")
+        share = f" ({min(rows / self._total, 1):.0%})" if self._total else ""
+        logger.info(f"{self._what}: {rows:,} rows{share}, {tokens:,} tokens, {rate:,.0f} tokens/s")

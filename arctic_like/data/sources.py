@@ -27,6 +27,7 @@ from arctic_like.data.files import DataFile, data_files, is_saved, is_url, url_p
 from arctic_like.data.splits import Stretch, named_part, names_of, stated_part
 from arctic_like.errors import Problem, RecipeError
 
+_ROW_A_LINE = (".jsonl", ".ndjson", ".csv", ".tsv")
 _STATE_EVERY = 256
 """Rows of a stream between two of its states; those after the last one are read again."""
 
@@ -82,6 +83,20 @@ class HFSource(DataSource):
                 yield {"rows": number}, f"{Path(name).name}:{number}", row
         else:
             yield from self._stream(name, part, cursor)
+
+    def expected_rows(self) -> int | None:
+        """See `DataSource.expected_rows`: of files with a row a line, their lines."""
+        from arctic_like.data.hashes import line_count
+
+        name, part = named_part(self.config)
+        lines = [
+            line_count(file.local)
+            if file.local and not file.compression and file.suffix in _ROW_A_LINE
+            else None
+            for file in self._files(name, part)
+        ]
+        known = [count for count in lines if count is not None]
+        return len(part.rows(sum(known))) if known and len(known) == len(lines) else None
 
     def content_key(self) -> str:
         from arctic_like.data.cache import key_of

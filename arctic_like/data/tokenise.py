@@ -119,6 +119,14 @@ def chosen_rows(source: DataSource) -> Iterator[ReadRow]:
     yield from (row for take, row in zip(wanted, source.rows(), strict=True) if take)
 
 
+def _expected(source: DataSource) -> int | None:
+    """About how many rows `chosen_rows` gives, if that is known."""
+    total, config = source.expected_rows(), source.config
+    if total is None or config.sample_count is not None:
+        return config.sample_count
+    return round(total * (config.sample_ratio or 1.0))
+
+
 @dataclass
 class _Done:
     """How far a preparation is. rows: that were looked at, in order. bad: of them, those that could
@@ -157,7 +165,7 @@ class _Preparation:
         rows = islice(chosen_rows(self._source), done.rows, None)
         batches = encoded(rows, encoder, num_proc=processes)
         title = f"tokenising {self._source.describe()}"
-        with closing(batches), progress_of(title) as shown:
+        with closing(batches), progress_of(title, _expected(self._source)) as shown:
             for batch in batches:
                 self._take(batch)
                 shown.update(done.rows, writer.tokens)

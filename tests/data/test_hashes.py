@@ -19,8 +19,8 @@ LONG_AGO = time.time() - 1000
 def reads(monkeypatch):
     """The paths that were read through."""
     found: list[Path] = []
-    read = hashes.read_hash
-    monkeypatch.setattr(hashes, "read_hash", lambda path: found.append(path) or read(path))
+    read = hashes.read_through
+    monkeypatch.setattr(hashes, "read_through", lambda path: found.append(path) or read(path))
     return found
 
 
@@ -61,6 +61,17 @@ def test_read_again_when_anything_of_it_changes(tmp_path, reads, settled):
     assert len(reads) == 3
 
 
+@pytest.mark.parametrize(("content", "lines"), [(b"", 0), (b"a", 1), (b"a\n", 1), (b"a\n\nb", 3)])
+def test_lines_are_remembered_too(tmp_path, settled, content, lines):
+    (tmp_path / "a").write_bytes(content)
+    assert hashes.line_count(tmp_path / "a") is None
+    for _ in range(2):
+        with hashes.remembered(tmp_path, verify=False):
+            assert hashes.line_count(tmp_path / "a") is None
+            hashes.file_hash(tmp_path / "a")
+            assert hashes.line_count(tmp_path / "a") == lines
+
+
 def test_another_path_is_another_file(tmp_path, reads, settled):
     for name in ("a", "b"):
         (tmp_path / name).write_text(name)
@@ -83,9 +94,9 @@ def test_what_changes_while_it_is_hashed_is_not_remembered(tmp_path, monkeypatch
 
     def read(path):
         file.write_text("after, and longer")
-        return "torn"
+        return hashes.Content("torn", 1)
 
-    monkeypatch.setattr(hashes, "read_hash", read)
+    monkeypatch.setattr(hashes, "read_through", read)
     assert asked(tmp_path, file) == "torn"
     monkeypatch.undo()
     monkeypatch.setattr(hashes, "_FRESH_SECONDS", -1e9)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import multiprocessing
 import os
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 import xxhash
 
-from arctic_like.data import cache, tokenise
+from arctic_like.data import cache, hashes, showing, tokenise
 from arctic_like.data.base import BadRow, SourceConfig, make_source
 from arctic_like.data.documents import Documents, DocumentWriter
 from arctic_like.data.encode import Encoded, batched, encoded, joined
@@ -249,8 +250,6 @@ def test_what_was_done_before_a_bad_row_is_kept_for_skip(file, tmp_path, monkeyp
 
 
 def test_a_file_that_changes_meanwhile_is_refused(file, tmp_path):
-    from arctic_like.data import hashes
-
     def encoder(rows):
         with file.open("a") as more:
             more.write('\n{"text": "new"}')
@@ -299,3 +298,45 @@ def test_no_row_is_no_document(tmp_path):
     entry = prepared(tmp_path / "rows.jsonl", tmp_path / "cache")
     assert len(Documents(entry)) == 0
     assert isinstance(encode([]), Encoded)
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [({}, ROWS), ({"split": "train[:10%]"}, ROWS // 10), ({"sample_ratio": 0.5}, ROWS // 2),
+     ({"sample_count": 7}, 7)],
+)  # fmt: skip
+def test_how_many_rows_are_expected(file, tmp_path, more, expected):
+    source = make_source(SourceConfig(name_or_path=str(file), **more))
+    with hashes.remembered(tmp_path, verify=False):
+        source.content_key()
+        assert tokenise._expected(source) == expected
+    assert sum(1 for _ in tokenise.chosen_rows(source)) == expected
+
+
+def test_progress_in_lines(monkeypatch):
+    from loguru import logger
+
+    said: list[str] = []
+    sink = logger.add(lambda message: said.append(str(message)), format="{message}")
+    try:
+        monkeypatch.setattr(showing, "_EVERY_SECONDS", 0)
+        with showing.progress_of("tokenising x", 200) as shown:
+            shown.update(50, 1000)
+        with showing.progress_of("tokenising y") as shown:
+            shown.update(50, 1000)
+    finally:
+        logger.remove(sink)
+    assert said[0].startswith("tokenising x: 50 rows (25%), 1,000 tokens, ")
+    assert said[1].startswith("tokenising y: 50 rows, 1,000 tokens, ")
+
+
+def test_progress_on_a_terminal(monkeypatch):
+    from rich.console import Console
+
+    screen = Console(force_terminal=True, width=80, file=io.StringIO(), legacy_windows=False)
+    monkeypatch.setattr(showing, "terminal", lambda: screen)
+    with showing.progress_of("tokenising a[b].jsonl", 200) as shown:
+        shown.update(50, 1000)
+    written = screen.file.getvalue()
+    assert "tokenising a[b].jsonl" in written
+    assert "50 rows, 1,000 tokens" in written
