@@ -120,8 +120,13 @@ class Surface:
         return self.equipment.learners[MAIN].scheduler
 
     def get_module(self, name: str = MAIN) -> nn.Module:
-        """The plain model of a learner."""
-        return self.learner(name).engine.module
+        """The plain model of a learner, or what is below it: `critic.encoder.0`. Raises RunError."""
+        learner, _, below = name.partition(".")
+        module: nn.Module = self.learner(learner).engine.module
+        try:
+            return module.get_submodule(below)
+        except AttributeError as error:
+            raise RunError(f"learner {learner!r} has no module {below!r}: {error}") from None
 
     def get_optimizer(self, name: str = MAIN) -> Any:
         """The optimizer of a learner. Raises RunError where it is frozen."""
