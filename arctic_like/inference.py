@@ -2,7 +2,7 @@
 
 runs/x/                 the newest of its exports and checkpoints (an export if both are as new)
 runs/x/checkpoints/step-12      the weights of a `deepspeed` checkpoint, whatever its ZeRO stage
-runs/x/exports/step-12, any other Hugging Face folder
+runs/x/exports/step-12, any other Hugging Face folder, of an adapter too: on its base
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from arctic_like.checkpoint.huggingface import is_export
 from arctic_like.checkpoint.layout import RUN_STATE, complete_checkpoints, marker, step_of
 from arctic_like.checkpoint.reading import read_weights
 from arctic_like.checkpoint.retention import best_of, recorded
@@ -37,6 +38,11 @@ class Found:
         """Whether plain transformers can load it."""
         return self.recipe is None
 
+    @property
+    def is_adapter(self) -> bool:
+        """Whether it is an adapter without its base."""
+        return self.is_export and (self.folder / "adapter_config.json").is_file()
+
 
 def load_for_inference(
     path: str | Path, *, device: str = "cpu", step: int | Literal["best"] | None = None
@@ -57,7 +63,7 @@ def find(path: Path, *, step: int | Literal["best"] | None = None) -> Found:
     """What to load for `path`, see above. Reads names and small files only. Raises RecipeError."""
     if not path.is_dir():
         raise _nothing(path, "there is no such folder")
-    if (path / "config.json").is_file():
+    if is_export(path):
         return Found(path)
     if step_of(path) is not None and (path / RUN_STATE).is_file():
         return Found(_complete(path), _recipe_of(path))
@@ -70,7 +76,7 @@ def _in_run(run: Path, *, step: int | Literal["best"] | None) -> Found:
     exports = {
         number: Found(folder)
         for folder in _children(run / "exports")
-        if (number := step_of(folder)) is not None and (folder / "config.json").is_file()
+        if (number := step_of(folder)) is not None and is_export(folder)
     }
     checkpoints = {
         number: Found(folder, run / RECIPE)
@@ -133,6 +139,10 @@ def _nothing(
 
 
 def _from_export(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    if (folder / "adapter_config.json").is_file():
+        from arctic_like.checkpoint.adapters import load_adapter
+
+        return load_adapter(folder)
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
@@ -153,17 +163,20 @@ def _from_checkpoint(found: Found) -> tuple[PreTrainedModel, PreTrainedTokenizer
     config: Any = recipe.config
     name = getattr(config.model, "name_or_path", "") or None
     tokenizer = build(config.tokenizer, "tokenizer").build(model_name_or_path=name)
-    model = build(config.model, "model").for_weights(tokenizer=tokenizer)
+    model = build(config.model, "model").for_weights(tokenizer=tokenizer, seed=config.seed)
     weights = read_weights(found.folder)
     _fill(model, weights, folder=found.folder)
     return model, tokenizer
 
 
 def _fill(model: PreTrainedModel, weights: dict[str, Tensor], *, folder: Path) -> None:
-    """Copy the weights in, rounded to the model's dtype; every parameter must be among them."""
+    """Copy the weights in, rounded to the model's dtype; every parameter must be among them, of a model
+    with an adapter every trained one."""
+    from arctic_like.model.adapters.build import adapter_weights, is_adapted
+
     missing, unknown = model.load_state_dict(weights, strict=False)
     tied = getattr(model, "all_tied_weights_keys", {})
-    parameters = dict(model.named_parameters())
+    parameters = dict(adapter_weights(model) if is_adapted(model) else model.named_parameters())
     missing = [name for name in missing if name in parameters and tied.get(name) not in weights]
     if missing or unknown:
         raise CheckpointError(

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 class HFCheckpointConfig(CheckpointConfig):
-    """A Hugging Face folder; a run cannot go on from it, other programs can."""
+    """A Hugging Face folder, of an adapter peft's; a run cannot go on from it, other programs can."""
 
     type: str = "huggingface"
 
@@ -84,23 +84,32 @@ def export(
 ) -> None:
     """Write a transformers model as `directory`: aside first, synced, then renamed. Collective.
 
+    Of a model with an adapter, the adapter alone.
+
     dtype: of the floating weights in the files; None keeps the trained one. facts: plain values of the
     run, for `run.json` beside them. A folder of that name is replaced once the new one is complete.
     Raises CheckpointError.
     """
+    from arctic_like.checkpoint import adapters
     from arctic_like.checkpoint.safetensors import write_weights
     from arctic_like.engine.weights import weight_bytes
+    from arctic_like.model.adapters.build import is_adapted
 
-    main = host.world.is_main
+    main, adapted = host.world.is_main, is_adapted(module)
     partial = aside(directory)
     error: BaseException | None = None
     if main:
-        error = _prepare(module, directory, partial, needed=weight_bytes(module))
+        needed = adapters.adapter_bytes(module) if adapted else weight_bytes(module)
+        error = _prepare(module, directory, partial, needed=needed)
     host.raise_together(error)
-    error = write_weights(module, partial if main else None, dtype=dtype)
+    write = adapters.write_adapter if adapted else write_weights
+    error = write(module, partial if main else None, dtype=dtype)
     if main and error is None:
         try:
-            _write_description(module, tokenizer, partial, dtype=dtype)
+            if adapted:
+                adapters.write_description(module, tokenizer, partial)
+            else:
+                _write_description(module, tokenizer, partial, dtype=dtype)
             if facts is not None:
                 (partial / RUN_STATE).write_text(json.dumps(facts, indent=1) + "\n")
             _publish(directory)
@@ -119,9 +128,14 @@ def exports_in(folder: Path) -> list[Path]:
     found = [
         (step, path)
         for path in folder.iterdir()
-        if (step := step_of(path)) is not None and (path / "config.json").is_file()
+        if (step := step_of(path)) is not None and is_export(path)
     ]
     return [path for _, path in sorted(found)]
+
+
+def is_export(folder: Path) -> bool:
+    """Whether a folder holds a model, or an adapter, for other programs."""
+    return any((folder / name).is_file() for name in ("config.json", "adapter_config.json"))
 
 
 def _prepare(
@@ -129,7 +143,9 @@ def _prepare(
 ) -> BaseException | None:
     from transformers import PreTrainedModel
 
-    if not isinstance(module, PreTrainedModel):
+    from arctic_like.model.adapters.build import is_adapted
+
+    if not isinstance(module, PreTrainedModel) and not is_adapted(module):
         return CheckpointError(
             "the huggingface checkpoint engine writes transformers models, "
             f"not {type(module).__name__}"

@@ -24,6 +24,7 @@ VERBS = {
     "list": ("arctic_like.cli.listing:command", "List what a recipe can name by `type:`."),
     "schema": ("arctic_like.cli.schema:command", "Print the JSON Schema of recipes, for editors."),
     "export": ("arctic_like.cli.export:command", "Write a run's model for other programs to load."),
+    "merge": ("arctic_like.cli.merge:command", "Merge an adapter into its base."),
     "chat": ("arctic_like.cli.chat:command", "Talk to a run's model."),
 }
 """Verb → where its click command is, and its line in the help."""

@@ -76,10 +76,12 @@ class ModelFactory(Part, family="model"):
         """
         raise NotImplementedError
 
-    def for_weights(self, *, tokenizer: PreTrainedTokenizerBase) -> nn.Module:
-        """The module on the CPU, to be filled with a checkpoint's weights."""
+    def for_weights(self, *, tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> nn.Module:
+        """The module on the CPU, to be filled with a checkpoint's weights.
+
+        seed: the run's; weights that checkpoints do not hold, since they are frozen, follow from it."""
         from arctic_like.world import World
 
         return self.build(
-            tokenizer=tokenizer, seed=0, world=World(), device="cpu", zero_stage=0, ds_config={}
+            tokenizer=tokenizer, seed=seed, world=World(), device="cpu", zero_stage=0, ds_config={}
         )

@@ -158,8 +158,13 @@ def _check_keys(kind: type[PretrainedConfig], given: dict[str, Any], *, place: s
 def _check_vocabulary(
     sizes: Any, tokenizer: PreTrainedTokenizerBase, config: HFModelConfig
 ) -> None:
+    from arctic_like.model.adapters.vocabulary import trains_rows
+
     size = getattr(sizes, "vocab_size", None)
-    if isinstance(size, int) and size < len(tokenizer):
+    grows = config.config is None and (
+        trains_rows(config.peft_config) or config.adapter is not None
+    )
+    if isinstance(size, int) and size < len(tokenizer) and not grows:
         raise RecipeError(
             Problem(
                 f"the model's vocab_size ({size}) is smaller than the tokenizer's "
@@ -167,6 +172,7 @@ def _check_vocabulary(
                 place="model.config.vocab_size" if config.config else "model.name_or_path",
                 hint="leave vocab_size out: the tokenizer's is taken"
                 if config.config
-                else "name the tokenizer that belongs to the model",
+                else "name the tokenizer that belongs to the model; an adapter trains new tokens with "
+                "model.peft_config.modules_to_save: [embed_tokens, lm_head]",
             )
         )

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Self
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from arctic_like.config.base import wrong
-from arctic_like.config.values import TORCH_DTYPES
+from arctic_like.config.values import TORCH_DTYPES, DType, RecipePath
 from arctic_like.errors import Problem, RecipeError
+from arctic_like.model.adapters.config import check, kind_of
 from arctic_like.model.base import ModelConfig, ModelFactory, ModelFacts
 
 if TYPE_CHECKING:
@@ -24,7 +26,6 @@ class HFModelConfig(ModelConfig):
     """A model of transformers. Exactly one of `name_or_path` and `config` is given."""
 
     not_yet = {
-        "peft_config": "train all weights for now; leave peft_config out",
         "arch_variant": "name a model of the wanted shape, or give its shape in model.config",
     }
     no_effect = {"save_name": "an export is named by its step: exports/step-N in the run"}
@@ -54,7 +55,17 @@ class HFModelConfig(ModelConfig):
     """Another shape of the same model. Accepted in recipes, refused before a run."""
 
     peft_config: dict[str, Any] | None = None
-    """Adapters. Accepted in recipes, refused before a run."""
+    """An adapter to train, all else frozen: `{type: lora, r: 16, target_modules: all-linear}`. The other
+    keys are those of peft's config class; see docs/adapters.md."""
+
+    adapter: RecipePath | None = None
+    """A folder with an adapter of this base, to train on: peft's, or an export."""
+
+    adapter_dtype: DType | None = None
+    """The adapter's dtype in training, `dtype` unless given. `fp32` over a bf16 base: at ZeRO 0 to 2."""
+
+    quantization: Literal["4bit", "8bit"] | None = None
+    """The frozen base in 4 or 8 bits under an adapter (QLoRA); needs CUDA and the extra `qlora`."""
 
     save_name: str | None = None
     """Accepted from other recipes; without effect."""
@@ -69,6 +80,47 @@ class HFModelConfig(ModelConfig):
         if self.config is not None and not isinstance(self.config.get("model_type"), str):
             raise wrong("says no model_type", place="config", hint="add model_type: llama")
         return self
+
+    @field_validator("peft_config")
+    @classmethod
+    def _of_peft(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        if value is not None:
+            check(value)
+        return value
+
+    @model_validator(mode="after")
+    def _one_adapter(self) -> Self:
+        if self.peft_config is not None and self.adapter is not None:
+            raise wrong("and peft_config are both given", place="adapter",
+                        hint="keep one: the folder has a config of its own")  # fmt: skip
+        if not self.adapted:
+            for key in ("quantization", "adapter_dtype"):
+                if getattr(self, key) is not None:
+                    raise wrong("is for an adapter, and there is none", place=key,
+                                hint="add peft_config: {type: lora, …}")  # fmt: skip
+            return self
+        if self.weights_from is not None:
+            raise wrong(
+                "would change the base that the adapter belongs to",
+                place="weights_from",
+                hint="`arctic-train export` them to a folder, and set name_or_path to it",
+            )
+        if self.quantization and self.config is not None:
+            raise wrong("needs a pretrained model", place="quantization", hint="set name_or_path")
+        if self.adapter_dtype not in (None, "fp32", self.dtype):
+            raise wrong(f"is {self.adapter_dtype!r} over a base in {self.dtype}",
+                        place="adapter_dtype", hint="leave it out, or write fp32")  # fmt: skip
+        return self
+
+    @property
+    def adapted(self) -> bool:
+        """Whether an adapter is trained, and the model itself frozen."""
+        return self.peft_config is not None or self.adapter is not None
+
+    @property
+    def engine_dtype(self) -> DType:
+        """The dtype of what is trained, which DeepSpeed makes all weights where it is a low one."""
+        return self.adapter_dtype or self.dtype
 
 
 class HFModelFactory(ModelFactory):
@@ -103,26 +155,39 @@ class HFModelFactory(ModelFactory):
         zero_stage: int,
         ds_config: dict[str, Any],
     ) -> nn.Module:
-        """See `ModelFactory.build`. Ready to train: no cache, activations checkpointed if asked."""
+        """See `ModelFactory.build`. Ready to train: no cache, activations checkpointed if asked; under
+        an adapter everything but the adapter is frozen."""
         from arctic_like.model.hf_config import set_generation
 
+        zero = ds_config if zero_stage == 3 else None
         config = self.create_config(tokenizer)
-        model = self.create_model(
-            config, seed=seed, world=world, zero=ds_config if zero_stage == 3 else None
-        )
-        set_generation(model, tokenizer)
+        base = self.create_model(config, seed=seed, world=world, zero=zero)
+        set_generation(base, tokenizer)
         # A cache makes transformers forget the borders of packed documents.
-        model.config.use_cache = False
-        if not self.config.disable_activation_checkpoint:
-            self._checkpoint_activations(model)
-        ready: nn.Module = model.train()
-        return ready
+        base.config.use_cache = False
+        ready: nn.Module = base
+        if self.config.adapted:
+            ready = self._adapted(base, tokenizer, seed=seed, zero=zero, world=world)
+        if not self._keeps_activations(ready):
+            self._checkpoint_activations(base)
+        return ready.train()
 
-    def for_weights(self, *, tokenizer: PreTrainedTokenizerBase) -> nn.Module:
-        """The model on the CPU with weights yet to come: nothing is drawn, no weights are read."""
+    def for_weights(self, *, tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> nn.Module:
+        """The model on the CPU with weights yet to come: nothing is drawn, no weights are read. Of a
+        model with an adapter it is the adapter's weights that are to come, and the base is there."""
         from arctic_like.model.hf_config import set_generation
         from arctic_like.model.loading import unfilled
+        from arctic_like.world import World
 
+        if self.config.adapted:
+            return self.build(
+                tokenizer=tokenizer,
+                seed=seed,
+                world=World(),
+                device="cpu",
+                zero_stage=0,
+                ds_config={},
+            )
         model = unfilled(self.create_config(tokenizer), **self._options())
         if self.config.name_or_path:
             self._take_generation(model)
@@ -146,6 +211,13 @@ class HFModelFactory(ModelFactory):
         from arctic_like.model.loading import from_config, from_pretrained
 
         shared = {**self._options(), "seed": seed, "zero": zero}
+        if self.config.quantization:
+            from arctic_like.model.adapters.quantised import loading_options
+
+            shared |= loading_options(
+                self.config.quantization, dtype=shared["dtype"], device=world.device,
+                zero3=zero is not None,
+            )  # fmt: skip
         try:
             if self.config.config is not None:
                 return from_config(config, **shared)
@@ -162,6 +234,89 @@ class HFModelFactory(ModelFactory):
                 "they start from random weights"
             )
         return model
+
+    def _adapted(
+        self,
+        base: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        seed: int,
+        zero: dict[str, Any] | None,
+        world: World,
+    ) -> nn.Module:
+        """The model with its adapter; says what is trained, and what of the vocabulary is not."""
+        import torch
+        from loguru import logger
+
+        from arctic_like.model.adapters import build, vocabulary
+
+        config = self.config
+        if zero is not None and config.engine_dtype != config.dtype:
+            raise RecipeError(
+                Problem(
+                    f"is {config.adapter_dtype}, and ZeRO stage 3 keeps all weights in one dtype",
+                    place="model.adapter_dtype",
+                    hint="leave it out, or set deepspeed.zero_optimization.stage to 2",
+                )
+            )
+        about = {
+            "name_or_path": config.name_or_path or None, "revision": config.revision,
+            "dtype": config.dtype, "quantization": config.quantization,
+        }  # fmt: skip
+        shared: dict[str, Any] = {
+            "about": about, "zero": zero, "dtype": getattr(torch, TORCH_DTYPES[config.engine_dtype])
+        }  # fmt: skip
+        if config.adapter is not None:
+            model = build.from_folder(base, Path(config.adapter), **shared)
+        else:
+            model = build.from_recipe(
+                base, config.peft_config or {}, seed=seed, rows=len(tokenizer), **shared
+            )
+        rows = base.config.get_text_config().vocab_size
+        if rows < len(tokenizer):
+            raise RecipeError(
+                Problem(
+                    f"is an adapter over {rows} tokens, and the tokenizer has {len(tokenizer)}",
+                    place="model.adapter",
+                    hint="name the tokenizer that lies in its folder: tokenizer.name_or_path",
+                )
+            )
+        if world.is_main:
+            logger.info(build.summary(model))
+            if sentence := vocabulary.untrained(model, tokenizer, self._own_tokenizer(tokenizer)):
+                logger.warning(sentence)
+        return model  # type: ignore[no-any-return]
+
+    def _own_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase | None:
+        """The tokenizer that comes with the pretrained model, where the recipe names another one."""
+        from transformers import AutoTokenizer
+
+        name = self.config.name_or_path
+        if not name or tokenizer.name_or_path == name:
+            return None
+        with contextlib.suppress(OSError, ValueError, ImportError, KeyError):
+            own: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                name, revision=self.config.revision
+            )
+            return own
+        return None
+
+    def _keeps_activations(self, model: nn.Module) -> bool:
+        """Whether nothing is computed again in the backward pass. A prefix is a cache, which transformers
+        does not give to layers that are."""
+        if kind_of(self.config.peft_config or {}) != "PREFIX_TUNING":
+            return self.config.disable_activation_checkpoint
+        if self.config.given("disable_activation_checkpoint") and not (
+            self.config.disable_activation_checkpoint
+        ):
+            raise RecipeError(
+                Problem(
+                    "is false, and prefix tuning cannot compute activations again",
+                    place="model.disable_activation_checkpoint",
+                    hint="set it to true",
+                )
+            )
+        return True
 
     def _options(self) -> dict[str, Any]:
         import torch

@@ -137,7 +137,7 @@ def whole_in_float32(parameters: list[Parameter]) -> Iterator[None]:
     """
     import torch
 
-    with _gathered(parameters):
+    with gathered(parameters):
         kept = [(p, p.data) for p in dict.fromkeys(parameters) if p.is_floating_point()]
         for parameter, data in kept:
             parameter.data = data.to(device="cpu", dtype=torch.float32)
@@ -151,7 +151,8 @@ def whole_in_float32(parameters: list[Parameter]) -> Iterator[None]:
 
 
 @contextmanager
-def _gathered(parameters: list[Parameter]) -> Iterator[None]:
+def gathered(parameters: list[Parameter]) -> Iterator[None]:
+    """Inside, partitioned parameters (ZeRO-3) are whole; what rank 0 writes there, stays. Collective."""
     if any(hasattr(parameter, "ds_id") for parameter in parameters):
         import deepspeed
 

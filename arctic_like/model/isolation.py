@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from arctic_like.errors import Problem, RecipeError
+from arctic_like.model.adapters.config import PROMPTS, kind_of
 from arctic_like.model.randomness import untouched_randomness
 
 if TYPE_CHECKING:
@@ -97,8 +98,15 @@ def packed_inputs(model: nn.Module, input_ids: Tensor, position_ids: Tensor) -> 
 
     input_ids, position_ids: (rows, length) int64. No attention mask and no cache, which would undo
     it. Flash attention finds borders within a single row only, so for it the rows are laid end to
-    end: its logits are (1, rows · length, vocabulary) and want a `view`.
+    end: its logits are (1, rows · length, vocabulary) and want a `view`. Behind virtual tokens (prompt
+    and prefix tuning) a row is one document, whose positions the model counts itself.
     """
+    from arctic_like.model.adapters.build import is_adapted, is_prompt
+
+    if is_prompt(model):
+        return {"input_ids": input_ids, "use_cache": False}
+    if is_adapted(model):  # the adapter passes on what its base may not take
+        model = model.get_base_model()  # type: ignore[operator]
     if "flash" in str(getattr(getattr(model, "config", None), "_attn_implementation", "")):
         input_ids, position_ids = input_ids.reshape(1, -1), position_ids.reshape(1, -1)
     inputs = {"input_ids": input_ids, "position_ids": position_ids, "use_cache": False}
@@ -117,6 +125,10 @@ def _accepted(forward: Callable[..., Any]) -> frozenset[str] | None:
 
 def packing_refusal(config: ModelConfig) -> str | None:
     """Why a recipe that packs documents cannot train this model, as a sentence; None if it may."""
+    adapter = kind_of(getattr(config, "peft_config", None) or {})
+    if adapter in PROMPTS:
+        name = adapter.lower().replace("_", " ")
+        return f"{name} puts its virtual tokens before the row, not before each packed document"
     shape = described(config)
     kind = shape.get("model_type")
     reason = cannot_isolate(kind, shape) if isinstance(kind, str) else None

@@ -70,7 +70,7 @@ def from_pretrained(
     with untouched_randomness(), ExitStack() as stack:
         seed_by_name(seed, "")
         if zero is not None:
-            stack.enter_context(_zero3_for_transformers(zero))
+            stack.enter_context(zero3_for_transformers(zero))
         model, info = AutoModelForCausalLM.from_pretrained(
             name_or_path, dtype=dtype, output_loading_info=True, **options
         )
@@ -98,7 +98,7 @@ def _partitioned(zero: dict[str, Any]) -> Iterator[None]:
 
 
 @contextmanager
-def _zero3_for_transformers(zero: dict[str, Any]) -> Iterator[None]:
+def zero3_for_transformers(zero: dict[str, Any]) -> Iterator[None]:
     """Tell transformers to partition while it loads; it keeps only a weak reference to this."""
     from transformers.integrations.deepspeed import (
         set_hf_deepspeed_config,

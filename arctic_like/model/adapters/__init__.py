@@ -1,0 +1,1 @@
+"""Adapters: a few trained weights beside a frozen model, made and read by peft."""
