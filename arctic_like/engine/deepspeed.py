@@ -15,7 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from arctic_like.engine import access, gradients, surgery
+from arctic_like.engine import access, frozen_base, gradients, surgery
 from arctic_like.engine.held import held
 from arctic_like.engine.host import HostGroup
 from arctic_like.engine.idle_parameters import settle
@@ -282,12 +282,16 @@ class Engine:
                 parameter.requires_grad_(True)
 
     def save(self, folder: Path, *, tag: str) -> None:
-        """Write DeepSpeed's files of all ranks to `folder/tag`. Collective."""
-        self.engine.save_checkpoint(
-            str(folder), tag=tag, save_latest=False, client_state=self._universal_facts()
-        )
+        """Write DeepSpeed's files of all ranks to `folder/tag`, without what is frozen where the recipe
+        brings that back (`frozen_base`). Collective."""
+        with frozen_base.trained_only(self) as smaller:
+            self.engine.save_checkpoint(
+                str(folder), tag=tag, save_latest=False, client_state=self._universal_facts(),
+                exclude_frozen_parameters=smaller,
+            )  # fmt: skip
         if self.host.world.is_main:
             facts = {"shapes": self.shapes(), "resized": sorted(self.resized)}
+            facts |= frozen_base.facts(self)
             (folder / tag / SHAPES).write_text(json.dumps(facts))
 
     def _universal_facts(self) -> dict[str, Any]:
@@ -317,8 +321,9 @@ class Engine:
             for group in optimizer.param_groups
         ]
         path, _ = self.engine.load_checkpoint(
-            str(folder), tag=tag, load_lr_scheduler_states=False, load_optimizer_states=True
-        )
+            str(folder), tag=tag, load_lr_scheduler_states=False, load_optimizer_states=True,
+            load_module_strict=not frozen_base.is_rebuilt(self.module),
+        )  # fmt: skip
         if path is None:
             raise CheckpointError(f"DeepSpeed could not load the checkpoint {folder / tag}")
         # What the recipe says of each group holds. DeepSpeed (0.19.8) gives all groups those of the
@@ -332,6 +337,7 @@ class Engine:
         if not path.exists():  # written before shapes were
             return
         facts = json.loads(path.read_text())
+        frozen_base.check(self, facts, path.parent)
         own, shapes = self.shapes(), facts["shapes"]
         for name in sorted(own.keys() & shapes.keys()):
             if own[name] != shapes[name] and name not in facts["resized"]:
