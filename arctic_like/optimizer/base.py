@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self, get_args
 
 from pydantic import Field, field_validator, model_validator
 
@@ -15,6 +15,10 @@ from arctic_like.registry.choice import Choice
 if TYPE_CHECKING:
     from torch import nn
     from torch.optim import Optimizer
+
+
+LORA_B = r"\.lora_B\."
+"""The names of LoRA's B matrices."""
 
 
 class GroupConfig(Config):
@@ -78,6 +82,24 @@ class OptimizerConfig(PartConfig):
 
     groups: tuple[GroupConfig, ...] = ()
     """Parameters with settings of their own; all that no group matches have the optimizer's."""
+
+    loraplus_lr_ratio: HumanFloat | None = Field(default=None, gt=0)
+    """LoRA+: the learning rate of LoRA's B matrices is so many times that of the A matrices; 16 is what
+    its authors advise. In the metrics it is `learning_rate/lora_B`."""
+
+    @model_validator(mode="after")
+    def _loraplus(self) -> Self:
+        """Hayou et al. 2024, section 4: η_B = λ·η_A. One more group, behind the recipe's own."""
+        ratio = self.loraplus_lr_ratio
+        if ratio is None:
+            return self
+        if self.learning_rate is None:
+            raise wrong("is needed: loraplus_lr_ratio multiplies it", place="learning_rate")
+        kind: type[GroupConfig] = get_args(type(self).model_fields["groups"].annotation)[0]
+        more = kind(match=LORA_B, name="lora_B", learning_rate=ratio * self.learning_rate)
+        own = [group for group in self.groups if group.match != LORA_B]  # a copy has it already
+        self.__dict__["groups"] = (*own, more)
+        return self
 
     @model_validator(mode="after")
     def _names_differ(self) -> Self:
