@@ -291,7 +291,8 @@ def _deepspeed_dictionary(
     from arctic_like.engine.ds_config import deepspeed_config, inexact
 
     dictionary = deepspeed_config(
-        section=section, dtype=part.model.dtype, micro_batch_size=info.micro_batch_size,
+        section=section, dtype=getattr(part.model, "engine_dtype", part.model.dtype),
+        micro_batch_size=info.micro_batch_size,
         gradient_accumulation_steps=info.gradient_accumulation_steps, world_size=info.world.size,
         hidden_size=hidden_size, on_cpu=info.device == "cpu",
     )  # fmt: skip
