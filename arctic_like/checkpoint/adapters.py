@@ -8,6 +8,7 @@ base_model.json             ours: the base's name, dtype and fingerprint
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,7 +45,7 @@ def write_adapter(
     from arctic_like.model.initial import gathered
 
     own = dict(adapter_weights(module))
-    with gathered(list(own.values())):
+    with gathered(list(dict.fromkeys(own.values()))):
         if folder is None:
             return None
         try:
@@ -66,14 +67,17 @@ def write_description(module: Any, tokenizer: PreTrainedTokenizerBase, folder: P
     config = copy.deepcopy(module.peft_config[NAME])
     if took_from_base(module):
         config = config_as_lora(config)
+    if targets := _short_targets(module):
+        config.target_modules = targets
     config.inference_mode = True
     config.base_model_name_or_path, config.revision = about["name_or_path"], about["revision"]
     config.save_pretrained(str(folder))
     # peft writes sets in an order of their own; equal adapters shall be equal files.
-    content = json.loads((folder / CONFIG).read_text())
-    for key, value in vars(config).items():
-        if isinstance(value, set):
-            content[key] = sorted(value)
+    known = {field.name for field in dataclasses.fields(config)}
+    content = {k: v for k, v in json.loads((folder / CONFIG).read_text()).items() if k in known}
+    for key in known:
+        if isinstance(getattr(config, key), set):
+            content[key] = sorted(getattr(config, key))
     (folder / CONFIG).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
     (folder / fingerprint.FILE).write_text(json.dumps(about, indent=1) + "\n")
     tokenizer.save_pretrained(folder)
@@ -119,6 +123,18 @@ def load_adapter(folder: Path, *, base: str | None = None) -> tuple[Any, PreTrai
         place="the adapter",
     )
     return own, tokenizer
+
+
+def _short_targets(module: Any) -> set[str]:
+    """The last parts of the targets' names, where these say the same; empty where they do not.
+
+    peft writes `all-linear` out as whole names of every layer.
+    """
+    targeted = set(getattr(module.base_model, "targeted_module_names", ()))
+    short = {name.rpartition(".")[2] for name in targeted}
+    names = (name for name, _ in module.get_base_model().named_modules())
+    same = {name for name in names if name.rpartition(".")[2] in short} == targeted
+    return short if same else set()
 
 
 def _state(module: Any, whole: dict[str, Tensor]) -> dict[str, Tensor]:

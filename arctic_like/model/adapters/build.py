@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from arctic_like.errors import Problem, RecipeError
 from arctic_like.model.adapters import fingerprint, targets
 from arctic_like.model.adapters.config import PROMPTS, arguments, kind_of
+from arctic_like.model.adapters.quantised import check_bitsandbytes
 from arctic_like.model.adapters.vocabulary import grow
 from arctic_like.model.loading import zero3_for_transformers
 from arctic_like.model.randomness import seed_by_name, untouched_randomness
@@ -51,6 +52,8 @@ def from_recipe(
     RecipeError for a config that does not fit.
     """
     peft = import_peft()
+    if str(config.get("init_lora_weights")).lower() == "loftq":
+        check_bitsandbytes("LoftQ", place=f"{CONFIG_PLACE}.init_lora_weights")
     kind = peft.PEFT_TYPE_TO_CONFIG_MAPPING[kind_of(config)]
     try:
         made = kind(**arguments(config))
@@ -87,6 +90,9 @@ def from_folder(
         )  # fmt: skip
     config = peft.PeftConfig.from_pretrained(str(folder))
     config.inference_mode, config.task_type = False, "CAUSAL_LM"
+    config.base_model_name_or_path = None  # peft would warn of a base that lies elsewhere now
+    if getattr(config, "prefix_projection", False):
+        config.prefix_projection = False  # files hold the prefix that the projection made
     found = fingerprint.fingerprint(base)
     said = fingerprint.read(folder)
     if said is not None:
@@ -132,8 +138,6 @@ def _wrap(
 
     starts = str(getattr(config, "init_lora_weights", "")).lower()
     changed = next((name for name in _CHANGE_THE_BASE if starts.startswith(name)), "")
-    if changed == "loftq":
-        _check_loftq(place)
     tuner = peft.PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type]
     with untouched_randomness(), ExitStack() as stack:
         if zero is not None:
@@ -212,6 +216,8 @@ def _fill(model: Any, weights: Mapping[str, Tensor], folder: Path, place: str) -
     except (RuntimeError, KeyError) as error:
         reason = " ".join(str(error).split())
         raise RecipeError(_other_architecture(base, folder, reason, place)) from error
+    if model.active_peft_config.is_prompt_learning:  # one tensor, which peft has filled in strictly
+        return
     own = {name for name, _ in adapter_weights(model)}
     missing = sorted(own & set(result.missing_keys))
     if missing or result.unexpected_keys:
@@ -224,8 +230,9 @@ def _fill(model: Any, weights: Mapping[str, Tensor], folder: Path, place: str) -
 
 
 def adapter_weights(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """(name, parameter) of what belongs to the adapter: its own weights, and base weights it trains."""
-    for name, parameter in model.named_parameters():
+    """(name, parameter) of what belongs to the adapter: its own weights, and base weights it trains.
+    Shared ones come under each name."""
+    for name, parameter in model.named_parameters(remove_duplicate=False):
         if NAME in name.split(".") or parameter.requires_grad:
             yield name, parameter
 
@@ -260,12 +267,6 @@ def _without_virtual_tokens(module: Any, _: Any, output: Any) -> Any:
     """Let the logits be those of the row's own tokens, which the labels belong to."""
     output.logits = output.logits[:, module.peft_config[NAME].num_virtual_tokens :]
     return output
-
-
-def _check_loftq(place: str) -> None:
-    from arctic_like.model.adapters.quantised import check_bitsandbytes
-
-    check_bitsandbytes("LoftQ", place=f"{place}.init_lora_weights")
 
 
 def _other_base(folder: Path, said: Mapping[str, Any], reason: str, place: str) -> Problem:

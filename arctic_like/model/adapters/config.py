@@ -23,12 +23,11 @@ KINDS = {
     "OFT": ("oft", "OFTConfig"),
     "IA3": ("ia3", "IA3Config"),
     "PROMPT_TUNING": ("prompt_tuning", "PromptTuningConfig"),
-    "P_TUNING": ("p_tuning", "PromptEncoderConfig"),
     "PREFIX_TUNING": ("prefix_tuning", "PrefixTuningConfig"),
 }
 """peft's type → its package below `peft.tuners` and its config class."""
 
-PROMPTS = frozenset({"PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING"})
+PROMPTS = frozenset({"PROMPT_TUNING", "PREFIX_TUNING"})
 """Types that put virtual tokens in front of a row, which isolated documents in it would not see alike."""
 
 _OURS = {
