@@ -7,12 +7,13 @@ runs/x/exports/step-12, any other Hugging Face folder, of an adapter too: on its
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from arctic_like.checkpoint.huggingface import is_export
-from arctic_like.checkpoint.layout import RUN_STATE, complete_checkpoints, marker, step_of
+from arctic_like.checkpoint.layout import ENGINE, RUN_STATE, complete_checkpoints, marker, step_of
 from arctic_like.checkpoint.reading import read_weights
 from arctic_like.checkpoint.retention import best_of, recorded
 from arctic_like.errors import CheckpointError, Problem, RecipeError
@@ -164,9 +165,20 @@ def _from_checkpoint(found: Found) -> tuple[PreTrainedModel, PreTrainedTokenizer
     name = getattr(config.model, "name_or_path", "") or None
     tokenizer = build(config.tokenizer, "tokenizer").build(model_name_or_path=name)
     model = build(config.model, "model").for_weights(tokenizer=tokenizer, seed=config.seed)
+    _check_base(model, found.folder)
     weights = read_weights(found.folder)
     _fill(model, weights, folder=found.folder)
     return model, tokenizer
+
+
+def _check_base(model: Any, folder: Path) -> None:
+    """Raise CheckpointError where the frozen weights, which the checkpoint does not hold, are others now."""
+    from arctic_like.engine.deepspeed import SHAPES
+    from arctic_like.engine.frozen_base import is_rebuilt, same_base
+
+    if is_rebuilt(model):
+        facts = json.loads((folder / ENGINE / SHAPES).read_text())
+        same_base(model, facts, folder)
 
 
 def _fill(model: PreTrainedModel, weights: dict[str, Tensor], *, folder: Path) -> None:

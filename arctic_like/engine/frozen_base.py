@@ -31,22 +31,27 @@ def facts(engine: Engine) -> dict[str, Any]:
     """What a checkpoint says of the weights that it does not hold."""
     if not is_rebuilt(engine.module):
         return {}
-    return {"base": _digest(engine), "trained": list(engine.trained(frozen_too=True))}
+    return {"base": _digest(engine.module), "trained": list(engine.trained(frozen_too=True))}
 
 
 def check(engine: Engine, said: Mapping[str, Any], folder: Path) -> None:
-    """Raise CheckpointError where the weights that it does not hold are not this module's."""
-    here = facts(engine)
-    if here.get("base") != said.get("base"):
+    """Raise CheckpointError where a checkpoint was not trained with this base and this adapter."""
+    same_base(engine.module, said, folder)
+    trained = facts(engine).get("trained", [])
+    if differ := sorted(set(trained) ^ set(said.get("trained", []))):
+        raise CheckpointError(
+            f"{folder} was trained with another adapter: they differ in {', '.join(differ[:3])}\n"
+            "    resume with the adapter that was trained"
+        )
+
+
+def same_base(module: nn.Module, said: Mapping[str, Any], folder: Path) -> None:
+    """Raise CheckpointError where the weights that a checkpoint does not hold are not this module's."""
+    here = _digest(module) if is_rebuilt(module) else None
+    if here != said.get("base"):
         raise CheckpointError(
             f"{folder} belongs to another base: the frozen weights, which it does not hold, are not "
             "those that it was trained over\n    bring back the model that model.name_or_path named"
-        )
-    if here and sorted(here["trained"]) != sorted(said["trained"]):
-        names = sorted(set(here["trained"]) ^ set(said["trained"]))
-        raise CheckpointError(
-            f"{folder} was trained with another adapter: they differ in {', '.join(names[:3])}\n"
-            "    resume with the adapter that was trained"
         )
 
 
@@ -85,5 +90,5 @@ def _of(name: str, frozen: set[str]) -> bool:
     return False
 
 
-def _digest(engine: Engine) -> str:
-    return str(vars(engine.module)[BASE]["fingerprint"]["digest"])
+def _digest(module: nn.Module) -> str:
+    return str(vars(module)[BASE]["fingerprint"]["digest"])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -12,7 +11,7 @@ from pydantic import Field, field_validator, model_validator
 from arctic_like.config.base import wrong
 from arctic_like.config.values import TORCH_DTYPES, DType, RecipePath
 from arctic_like.errors import Problem, RecipeError
-from arctic_like.model.adapters.config import check, kind_of
+from arctic_like.model.adapters.config import check, check_model, kind_of
 from arctic_like.model.base import ModelConfig, ModelFactory, ModelFacts
 
 if TYPE_CHECKING:
@@ -90,26 +89,7 @@ class HFModelConfig(ModelConfig):
 
     @model_validator(mode="after")
     def _one_adapter(self) -> Self:
-        if self.peft_config is not None and self.adapter is not None:
-            raise wrong("and peft_config are both given", place="adapter",
-                        hint="keep one: the folder has a config of its own")  # fmt: skip
-        if not self.adapted:
-            for key in ("quantization", "adapter_dtype"):
-                if getattr(self, key) is not None:
-                    raise wrong("is for an adapter, and there is none", place=key,
-                                hint="add peft_config: {type: lora, …}")  # fmt: skip
-            return self
-        if self.weights_from is not None:
-            raise wrong(
-                "would change the base that the adapter belongs to",
-                place="weights_from",
-                hint="`arctic-train export` them to a folder, and set name_or_path to it",
-            )
-        if self.quantization and self.config is not None:
-            raise wrong("needs a pretrained model", place="quantization", hint="set name_or_path")
-        if self.adapter_dtype not in (None, "fp32", self.dtype):
-            raise wrong(f"is {self.adapter_dtype!r} over a base in {self.dtype}",
-                        place="adapter_dtype", hint="leave it out, or write fp32")  # fmt: skip
+        check_model(self)
         return self
 
     @property
@@ -121,6 +101,13 @@ class HFModelConfig(ModelConfig):
     def engine_dtype(self) -> DType:
         """The dtype of what is trained, which DeepSpeed makes all weights where it is a low one."""
         return self.adapter_dtype or self.dtype
+
+    @property
+    def keeps_activations(self) -> bool:
+        """Whether nothing is computed again in the backward pass. A prefix is a cache, which transformers
+        does not give to layers that are."""
+        prefix = kind_of(self.peft_config or {}) == "PREFIX_TUNING"
+        return prefix or self.disable_activation_checkpoint
 
 
 class HFModelFactory(ModelFactory):
@@ -167,8 +154,10 @@ class HFModelFactory(ModelFactory):
         base.config.use_cache = False
         ready: nn.Module = base
         if self.config.adapted:
-            ready = self._adapted(base, tokenizer, seed=seed, zero=zero, world=world)
-        if not self._keeps_activations(ready):
+            from arctic_like.model.adapters.recipe import adapted
+
+            ready = adapted(base, self.config, tokenizer, seed=seed, zero=zero, world=world)
+        if not self.config.keeps_activations:
             self._checkpoint_activations(base)
         return ready.train()
 
@@ -234,89 +223,6 @@ class HFModelFactory(ModelFactory):
                 "they start from random weights"
             )
         return model
-
-    def _adapted(
-        self,
-        base: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        seed: int,
-        zero: dict[str, Any] | None,
-        world: World,
-    ) -> nn.Module:
-        """The model with its adapter; says what is trained, and what of the vocabulary is not."""
-        import torch
-        from loguru import logger
-
-        from arctic_like.model.adapters import build, vocabulary
-
-        config = self.config
-        if zero is not None and config.engine_dtype != config.dtype:
-            raise RecipeError(
-                Problem(
-                    f"is {config.adapter_dtype}, and ZeRO stage 3 keeps all weights in one dtype",
-                    place="model.adapter_dtype",
-                    hint="leave it out, or set deepspeed.zero_optimization.stage to 2",
-                )
-            )
-        about = {
-            "name_or_path": config.name_or_path or None, "revision": config.revision,
-            "dtype": config.dtype, "quantization": config.quantization,
-        }  # fmt: skip
-        shared: dict[str, Any] = {
-            "about": about, "zero": zero, "dtype": getattr(torch, TORCH_DTYPES[config.engine_dtype])
-        }  # fmt: skip
-        if config.adapter is not None:
-            model = build.from_folder(base, Path(config.adapter), **shared)
-        else:
-            model = build.from_recipe(
-                base, config.peft_config or {}, seed=seed, rows=len(tokenizer), **shared
-            )
-        rows = base.config.get_text_config().vocab_size
-        if rows < len(tokenizer):
-            raise RecipeError(
-                Problem(
-                    f"is an adapter over {rows} tokens, and the tokenizer has {len(tokenizer)}",
-                    place="model.adapter",
-                    hint="name the tokenizer that lies in its folder: tokenizer.name_or_path",
-                )
-            )
-        if world.is_main:
-            logger.info(build.summary(model))
-            if sentence := vocabulary.untrained(model, tokenizer, self._own_tokenizer(tokenizer)):
-                logger.warning(sentence)
-        return model  # type: ignore[no-any-return]
-
-    def _own_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase | None:
-        """The tokenizer that comes with the pretrained model, where the recipe names another one."""
-        from transformers import AutoTokenizer
-
-        name = self.config.name_or_path
-        if not name or tokenizer.name_or_path == name:
-            return None
-        with contextlib.suppress(OSError, ValueError, ImportError, KeyError):
-            own: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-                name, revision=self.config.revision
-            )
-            return own
-        return None
-
-    def _keeps_activations(self, model: nn.Module) -> bool:
-        """Whether nothing is computed again in the backward pass. A prefix is a cache, which transformers
-        does not give to layers that are."""
-        if kind_of(self.config.peft_config or {}) != "PREFIX_TUNING":
-            return self.config.disable_activation_checkpoint
-        if self.config.given("disable_activation_checkpoint") and not (
-            self.config.disable_activation_checkpoint
-        ):
-            raise RecipeError(
-                Problem(
-                    "is false, and prefix tuning cannot compute activations again",
-                    place="model.disable_activation_checkpoint",
-                    hint="set it to true",
-                )
-            )
-        return True
 
     def _options(self) -> dict[str, Any]:
         import torch

@@ -148,6 +148,8 @@ def test_a_checkpoint_over_another_base_is_refused(runs: Runs) -> None:
     try:
         with pytest.raises(CheckpointError, match="another base"):
             runs.here(runs.job("changed", "lora", 0, resume="latest"))
+        with pytest.raises(CheckpointError, match="another base"):
+            load_for_inference(runs.folder / "changed" / "checkpoints" / "step-2")
     finally:
         (base / "model.safetensors").write_bytes(kept)
 

@@ -292,6 +292,7 @@ def test_a_wrong_key_is_found_by_validation(config: dict[str, Any], sentence: st
         {"peft_config": LORA, "weights_from": {"path": "/some/where"}},
         {"peft_config": LORA, "dtype": "fp32", "adapter_dtype": "bf16"},
         {"peft_config": LORA, "quantization": "4bit"},
+        {"peft_config": CONFIGS["prefix"], "disable_activation_checkpoint": False},
     ],
 )
 def test_contradictions(config: dict[str, Any]) -> None:
@@ -360,8 +361,6 @@ def test_virtual_tokens_and_packed_rows_exclude_each_other() -> None:
         config = HFModelConfig.model_validate({"config": LLAMA, "peft_config": CONFIGS[name]})
         assert "virtual tokens" in (packing_refusal(config) or "")
     assert packing_refusal(HFModelConfig(config=LLAMA, peft_config=LORA)) is None
-    with pytest.raises(RecipeError, match="disable_activation_checkpoint"):
-        make(LLAMA, peft_config=CONFIGS["prefix"], disable_activation_checkpoint=False)
 
 
 def test_generation_goes_through_the_adapter() -> None:

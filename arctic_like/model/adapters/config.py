@@ -14,9 +14,12 @@ import functools
 import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from arctic_like.config.base import wrong
+
+if TYPE_CHECKING:
+    from arctic_like.model.huggingface import HFModelConfig
 
 KINDS = {
     "LORA": ("lora", "LoraConfig"),
@@ -85,6 +88,34 @@ def check(config: Mapping[str, Any]) -> None:
                 else f"there are {', '.join(sorted(known))}",
             )
     _check_values(config)
+
+
+def check_model(model: HFModelConfig) -> None:
+    """Raise the validation error for keys of `model:` that contradict its adapter, or want one."""
+    if model.peft_config is not None and model.adapter is not None:
+        raise wrong("and peft_config are both given", place="adapter",
+                    hint="keep one: the folder has a config of its own")  # fmt: skip
+    if not model.adapted:
+        for key in ("quantization", "adapter_dtype"):
+            if getattr(model, key) is not None:
+                raise wrong("is for an adapter, and there is none", place=key,
+                            hint="add peft_config: {type: lora, …}")  # fmt: skip
+        return
+    if model.weights_from is not None:
+        raise wrong(
+            "would change the base that the adapter belongs to",
+            place="weights_from",
+            hint="`arctic-train export` them to a folder, and set name_or_path to it",
+        )
+    if model.quantization and model.config is not None:
+        raise wrong("needs a pretrained model", place="quantization", hint="set name_or_path")
+    if model.adapter_dtype not in (None, "fp32", model.dtype):
+        raise wrong(f"is {model.adapter_dtype!r} over a base in {model.dtype}",
+                    place="adapter_dtype", hint="leave it out, or write fp32")  # fmt: skip
+    again = "disable_activation_checkpoint"
+    if model.keeps_activations and model.given(again) and not getattr(model, again):
+        raise wrong("is false, and prefix tuning cannot compute activations again", place=again,
+                    hint="set it to true")  # fmt: skip
 
 
 def _check_values(config: Mapping[str, Any]) -> None:
