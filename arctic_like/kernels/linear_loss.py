@@ -41,6 +41,14 @@ class Distilled:
     divergence: Tensor
 
 
+def next_tokens(labels: Tensor, *, ignore: int = IGNORE) -> Tensor:
+    """The targets of a batch's hidden states, (rows · length,): each place's is the label of the next one,
+    the last of a row has none. labels: (rows, length) int64."""
+    import torch.nn.functional as F
+
+    return F.pad(labels[:, 1:], (0, 1), value=ignore).flatten()
+
+
 def linear_cross_entropy(
     hidden: Tensor, weight: Tensor, targets: Tensor, *, bias: Tensor | None = None,
     softcap: float | None = None, scale: float = 1.0, ignore: int = IGNORE,

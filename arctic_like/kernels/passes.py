@@ -146,8 +146,6 @@ class _Functions(NamedTuple):
 @functools.cache
 def _functions() -> _Functions:
     """The autograd functions, made at the first use: torch is not imported before."""
-    from dataclasses import replace
-
     from torch.autograd import Function
     from torch.autograd.function import once_differentiable
 
@@ -165,7 +163,7 @@ def _functions() -> _Functions:
             return values[0].sum(), values
 
         @staticmethod
-        @once_differentiable  # type: ignore[untyped-decorator]
+        @once_differentiable
         def backward(ctx: Any, upstream: Tensor, _: Any) -> Any:
             found = (
                 _scaled(gradient, upstream, dtype)
@@ -181,7 +179,7 @@ def _functions() -> _Functions:
         ) -> Tensor:  # fmt: skip
             wanted = Wanted(*ctx.needs_input_grad[:3])
             ctx.again = wanted.weight or wanted.bias
-            ctx.head, ctx.loss, ctx.tile = replace(head, weight=None, bias=None), loss, tile
+            ctx.scale, ctx.softcap, ctx.loss, ctx.tile = head.scale, head.softcap, loss, tile
             ctx.dtype = hidden.dtype
             if ctx.again:
                 values, _ = run(hidden, head, loss, tile=tile)
@@ -192,13 +190,13 @@ def _functions() -> _Functions:
             return values[0].clone()
 
         @staticmethod
-        @once_differentiable  # type: ignore[untyped-decorator]
+        @once_differentiable
         def backward(ctx: Any, upstream: Tensor) -> Any:
             if not ctx.again:
                 (known,) = ctx.saved_tensors
                 return (_scaled(known, upstream[:, None], ctx.dtype), *(None,) * 5)
             hidden, weight, bias = ctx.saved_tensors
-            head = replace(ctx.head, weight=weight, bias=bias)
+            head = Head(weight, bias, ctx.scale, ctx.softcap)
             _, found = run(
                 hidden, head, ctx.loss, tile=ctx.tile, upstream=upstream,
                 wanted=Wanted(*ctx.needs_input_grad[:3]),

@@ -47,10 +47,9 @@ class LinearHead:
         like: hidden states; under autocast the weights are cast as theirs are.
         """
         weight, bias = self.module.weight, self.module.bias
-        if like is not None:
-            weight = weight.to(like.dtype)
-            bias = None if bias is None else bias.to(like.dtype)
-        return Head(weight, bias, self.scale, self.softcap)
+        dtype = weight.dtype if like is None else like.dtype
+        cast = None if bias is None else bias.to(dtype)
+        return Head(weight.to(dtype), cast, self.scale, self.softcap)
 
 
 @dataclass(frozen=True)
@@ -86,38 +85,44 @@ def through_head(
     """
     import torch
 
-    module, given, returned = head.module, [], []
+    given: list[tuple[Tensor, ...]] = []
+    returned: list[Tensor | tuple[Tensor, ...]] = []
 
     def forward(hidden: Tensor) -> Any:
         kind = hidden.device.type
         if torch.is_autocast_enabled(kind):
             hidden = hidden.to(torch.get_autocast_dtype(kind))
-        values = compute(hidden.flatten(0, -2), head.parameters(like=hidden))
-        given.append(values)
-        passed = tuple(value for value in values if value.requires_grad)
-        stand_in = hidden.new_zeros((*hidden.shape[:-1], 1))
-        returned.append(stand_in)
-        return passed[0] if len(passed) == 1 else passed or stand_in
+        given.append(compute(hidden.flatten(0, -2), head.parameters(like=hidden)))
+        passed = tuple(value for value in given[-1] if value.requires_grad)
+        returned.append(hidden.new_zeros((*hidden.shape[:-1], 1)))
+        return passed or returned[-1]
 
-    def last_hook(_: Any, __: Any, output: Any) -> Tensor:
+    def last_hook(_: Any, __: Any, output: Any) -> Any:
         # Behind the hooks of ZeRO-3, whose wrapping of the output gathers the weight in the backward.
-        stand_in = returned[-1]
-        returned[-1] = output if isinstance(output, tuple) else (output,)
+        stand_in, returned[-1] = returned[-1], output
         return stand_in
 
-    handle = module.register_forward_hook(last_hook)
-    module.forward = forward  # type: ignore[method-assign]
+    handle = head.module.register_forward_hook(last_hook)
     try:
-        call()
+        with _forward_of(head.module, forward):
+            call()
     finally:
-        del module.forward
         handle.remove()
     if len(given) != 1:
-        raise RunError(
-            f"{type(module).__name__}, the head of the model, was called {len(given)} times in a forward"
-        )
+        kind = type(head.module).__name__
+        raise RunError(f"{kind}, the head of the model, was called {len(given)} times in a forward")
     passed = iter(returned[0])
     return tuple(next(passed) if value.requires_grad else value for value in given[0])
+
+
+@contextmanager
+def _forward_of(module: nn.Module, forward: Callable[[Tensor], Any]) -> Iterator[None]:
+    """The module computes something else; its hooks stay."""
+    vars(module)["forward"] = forward
+    try:
+        yield
+    finally:
+        del vars(module)["forward"]
 
 
 @contextmanager
@@ -185,11 +190,8 @@ def _measured(model: Any, module: nn.Linear, device: str) -> Search:
         shape = (*shapes[-1], module.out_features)
         return values.view(shape) if fits else values.new_zeros(shape)
 
-    module.forward = known  # type: ignore[method-assign]
-    try:
+    with _forward_of(module, known):
         found = model(**inputs).logits
-    finally:
-        del module.forward
     if len(shapes) != 1:
         return Search(reason=f"its forward calls its head {len(shapes)} times")
     if math.prod(shapes[0]) != PROBE_TOKENS:

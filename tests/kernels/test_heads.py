@@ -160,9 +160,10 @@ def test_hooks_of_the_head_see_what_has_a_gradient() -> None:
 
     def wrap(_: Any, __: Any, output: Any) -> Any:
         order.append("forward")
-        output = output * 1
-        output.register_hook(lambda gradient: order.append("backward"))
-        return output
+        (loss,) = output
+        loss = loss * 1
+        loss.register_hook(lambda gradient: order.append("backward"))
+        return (loss,)
 
     model.lm_head.register_forward_hook(wrap)
     given = inputs(model)

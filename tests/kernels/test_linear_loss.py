@@ -134,6 +134,20 @@ def test_bf16_is_at_least_as_near_to_the_truth_as_plain_bf16(name: str, kind: st
 
 
 @pytest.mark.parametrize("kind", ["sum", "each"])
+def test_gradients_are_rounded_to_bf16_once_however_many_tiles(kind: str) -> None:
+    drawn = Case.drawn(tokens=150, width=32, trained="all", bias=True).to(torch.bfloat16)
+    true, ours = drawn.to(torch.float64), drawn.to(torch.bfloat16)
+    (token_losses(true).sum() / 43).backward()
+    (_losses(kind, ours, tile=1) / 43).backward()
+    for key, gradient in true.gradients().items():
+        found = ours.gradients()[key]
+        assert found is not None
+        assert gradient is not None
+        # one rounding moves a number by at most 2⁻⁹ of it, a hundred by several times that
+        assert float((found.double() - gradient).norm()) < 2**-9 * float(gradient.norm()), key
+
+
+@pytest.mark.parametrize("kind", ["sum", "each"])
 def test_without_gradients_none_are_computed(kind: str) -> None:
     case = Case.drawn(tokens=40, vocabulary=500, trained="all").to(torch.float32)
     with torch.no_grad(), LiveBytes() as count:
