@@ -33,7 +33,7 @@ FLOORS: list[set[str]] = [
     {"run_info", "stop", "logs", "rundir", "config"},
     {"registry"},
     {"tokenizer", "model", "data", "optimizer", "scheduler", "engine", "metrics", "tracking"}
-    | {"generation"},
+    | {"generation", "methods", "kernels"},
     {"checkpoint", "callbacks"},
     {"trainer"},
     {"recipe"},

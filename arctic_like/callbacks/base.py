@@ -32,6 +32,7 @@ in the recipe's order). This is the whole run:
             [checkpoint due:]
               on_checkpoint_start · on_checkpoint_end(path)
       [last evaluation and checkpoint:] as above
+      exporters write                                  ] around_export
       on_train_end
       [test_at_end:]
         on_test_start · … evaluation batches … · on_test_end(results)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 WIDTH = 80
 _EVALUATION = "eval/"
+_RATE = "_per_second"
 
 
 class ConsoleConfig(TrackerConfig):
@@ -67,8 +68,9 @@ class Progress:
             shown.append(f"loss {self.train['loss']:.4f}")
         if "learning_rate" in self.train:
             shown.append(f"lr {self.train['learning_rate']:.2e}")
-        if "tokens_per_second" in self.train:
-            shown.append(f"{_short(self.train['tokens_per_second'])} tokens/s")
+        for name, rate in self.train.items():
+            if name.endswith(_RATE) and "/" not in name:
+                shown.append(f"{_short(rate)} {name.removesuffix(_RATE)}/s")
         return shown
 
     def time_left(self) -> list[str]:
@@ -83,7 +85,7 @@ class Progress:
 
 
 class ConsoleTracker(Tracker):
-    """Shows step, loss, learning rate, tokens/s, time left and the last evaluation."""
+    """Shows step, loss, learning rate, speed, time left and the last evaluation."""
 
     name = "console"
     config_type = ConsoleConfig

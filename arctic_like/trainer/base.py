@@ -83,6 +83,8 @@ class Trainer(Part, Moments, Surface, family="trainer"):
         "huggingface", "wsd", "cosine_with_floor", "plateau", "module.Class",
     )  # fmt: skip
     checkpoint_engine_type: ClassVar[Any] = ("deepspeed", "huggingface")
+    weight_unit: ClassVar[str] = "samples"
+    """What `weight(batch)` counts, in the plural: the name of its sum and its rate in train lines."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -250,8 +252,8 @@ class Trainer(Part, Moments, Surface, family="trainer"):
         if self.progress.stopped:
             return
         self.batch = batch
-        self.emit("on_step_start")
         with self.around("around_step"):
+            self.emit("on_step_start")
             self.step(micro_batches)
         self._after_step(batch)
 
@@ -802,13 +804,13 @@ class Trainer(Part, Moments, Surface, family="trainer"):
             **first,
             **self._rates,
             **norms,
-            "tokens": int(self.session.step_weight),
+            self.weight_unit: int(self.session.step_weight),
             "samples_seen": self.progress.position,
             "step_time": seconds,
-            "tokens_per_second": means.weight / max(seconds * steps, 1e-9),
+            f"{self.weight_unit}_per_second": means.weight / max(seconds * steps, 1e-9),
             **means.values,
             **{
-                f"tokens/{name.removeprefix('loss/')}": int(count)
+                f"{self.weight_unit}/{name.removeprefix('loss/')}": int(count)
                 for name, count in means.weights.items()
                 if name.startswith("loss/")
             },

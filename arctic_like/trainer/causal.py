@@ -25,6 +25,7 @@ class CausalTrainer(Trainer):
     name = "causal"
     config_type: ClassVar[type[TrainerConfig]] = CausalConfig
     data_factory_type: ClassVar[Any] = ("causal", "sft")
+    weight_unit: ClassVar[str] = "tokens"
 
     def loss(self, batch: dict[str, Tensor]) -> Tensor | Loss:
         """Mean over `weight(batch)` trained labels of -log p(next token); where the batch says which

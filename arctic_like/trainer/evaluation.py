@@ -140,7 +140,14 @@ def _computed(trainer: Trainer, objects: Mapping[str, Any]) -> dict[str, Any]:
     """Name → value of every metric object over all ranks; they are reset."""
     # all ranks compute the same metrics in the same order, one without a batch too
     values: dict[str, Any] = {}
-    for name, metric in {**trainer.val_metrics, **objects}.items():
+    metrics = {**trainer.val_metrics, **objects}
+    # a step that leaves a metric alone (a test step of its own, say) has no value of it to show
+    updated = trainer.session.host.sum(
+        [float(getattr(metric, "update_called", True)) for metric in metrics.values()]
+    )
+    for (name, metric), times in zip(metrics.items(), updated, strict=True):
+        if not times:
+            continue
         result = metric.compute()
         parts = result.items() if isinstance(result, Mapping) else [("", result)]
         for key, value in parts:

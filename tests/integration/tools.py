@@ -16,7 +16,7 @@ import yaml
 
 PORTS: list[int] = []
 """Of every launch of `drive`: what shared names of its ranks would hold."""
-CLOCKS = {"step_time", "tokens_per_second"}
+CLOCKS = {"step_time", "tokens_per_second", "samples_per_second", "pairs_per_second"}
 WORDS = [
     "ice",
     "snow",
