@@ -143,8 +143,8 @@ def test_gradients_are_rounded_to_bf16_once_however_many_tiles(kind: str) -> Non
         found = ours.gradients()[key]
         assert found is not None
         assert gradient is not None
-        # one rounding moves a number by at most 2⁻⁹ of it, a hundred by several times that
-        assert float((found.double() - gradient).norm()) < 2**-9 * float(gradient.norm()), key
+        # one rounding moves a number by at most 2⁻⁸ of it, a hundred by several times that
+        assert float((found.double() - gradient).norm()) < 2**-8 * float(gradient.norm()), key
 
 
 @pytest.mark.parametrize("kind", ["sum", "each"])
