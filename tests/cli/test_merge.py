@@ -10,7 +10,7 @@ import peft
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from arctic_like.checkpoint import merge as merging
 from arctic_like.checkpoint.huggingface import export
@@ -111,6 +111,23 @@ def test_the_base_keeps_its_dtype_and_another_can_be_asked_for(
     assert (own.dtype, wide.dtype) == (torch.bfloat16, torch.float32)
     for name, tensor in own.state_dict().items():
         assert torch.equal(tensor, wide.state_dict()[name].bfloat16()), name
+
+
+def test_rows_of_added_tokens_are_in_the_merged_model(
+    bases: dict[str, Path], tmp_path: Path
+) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(["<|think|>"])
+    config = {**LORA, "modules_to_save": ["embed_tokens", "lm_head"]}
+    trained = make(name_or_path=str(bases["llama"]), tokenizer=tokenizer, peft_config=config)
+    with torch.no_grad():
+        trained.get_input_embeddings().weight[-1] = 0.5
+    export(trained, tokenizer, directory=tmp_path / "adapter", host=HostGroup(World()))
+    assert run(tmp_path / "adapter", tmp_path / "out").exit_code == 0
+    merged = load(tmp_path / "out")
+    assert merged.config.vocab_size == 263 == len(AutoTokenizer.from_pretrained(tmp_path / "out"))
+    assert (merged.get_input_embeddings().weight[-1] == 0.5).all()
+    torch.testing.assert_close(logits(merged), logits(trained), rtol=0, atol=1e-6)
 
 
 def test_a_wrong_base_is_refused(bases: dict[str, Path], tmp_path: Path) -> None:

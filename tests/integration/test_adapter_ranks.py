@@ -25,6 +25,7 @@ CONFIGS = {
     "lora": {**LORA, "use_rslora": True, "modules_to_save": ["lm_head"]},
     "dora": {**LORA, "use_dora": True},
     "pissa": {**LORA, "init_lora_weights": "pissa"},
+    "grown": {**LORA, "modules_to_save": ["embed_tokens", "lm_head"], "ensure_weight_tying": True},
 }
 SHAPE = {**LLAMA, "tie_word_embeddings": True, "max_position_embeddings": 256}
 
@@ -36,7 +37,10 @@ class Runs:
         self.folder = folder
         self.data = write_conversations(folder / "data.jsonl", count=50)
         make(SHAPE, seed=11).save_pretrained(folder / "base")
-        byte_tokenizer().save_pretrained(folder / "base")
+        tokenizer = byte_tokenizer()
+        tokenizer.save_pretrained(folder / "base")
+        tokenizer.add_tokens(["snow", "whale"])
+        tokenizer.save_pretrained(folder / "tokens")
         jobs = [self.job(f"{name}-3", name, 3) for name in CONFIGS]
         jobs += [self.job("lora-2", "lora", 2)]
         for stage in (2, 3):
@@ -64,6 +68,8 @@ class Runs:
             "name_or_path": str(self.folder / "base"), "dtype": "fp32", "peft_config": CONFIGS[kind],
             **content["model"],
         }  # fmt: skip
+        if kind == "grown":
+            content["tokenizer"] = {"name_or_path": str(self.folder / "tokens")}
         del content["model"]["config"], content["gradient_accumulation_steps"]
         path = write_recipe(self.folder / f"{kind}-{stage}.yaml", content)
         return {
@@ -92,7 +98,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     return Runs(tmp_path_factory.mktemp("adapters"))
 
 
-@pytest.mark.parametrize("name", ["lora-2", "lora-3", "dora-3", "pissa-3", "moved"])
+@pytest.mark.parametrize("name", ["lora-2", "lora-3", "dora-3", "pissa-3", "grown-3", "moved"])
 def test_two_ranks_equal_one(runs: Runs, name: str) -> None:
     """Losses, norms, rates and the exported adapter; `moved` was on two ranks and then on one."""
     alone = "lora-0" if name == "moved" else f"{name[:-2]}-0"
@@ -122,7 +128,7 @@ def test_a_resumed_run_is_the_straight_one_to_the_bit(runs: Runs, stage: int) ->
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
-@pytest.mark.parametrize("name", ["dora-0", "dora-3", "lora-2"])
+@pytest.mark.parametrize("name", ["dora-0", "dora-3", "lora-2", "grown-3"])
 def test_checkpoints_hold_no_base_and_are_enough(runs: Runs, name: str) -> None:
     """Nothing of the frozen weights lies in them; with the base they are the exported model."""
     checkpoint = runs.folder / name / "checkpoints" / f"step-{STEPS}"

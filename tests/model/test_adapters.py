@@ -23,6 +23,7 @@ from arctic_like.inference import load_for_inference
 from arctic_like.model.adapters import build
 from arctic_like.model.adapters.config import KINDS, keys_of
 from arctic_like.model.adapters.fingerprint import difference, fingerprint
+from arctic_like.model.adapters.vocabulary import parted
 from arctic_like.model.huggingface import HFModelConfig
 from arctic_like.model.isolation import check_isolation, packed_inputs, packing_refusal
 from arctic_like.optimizer.adam import AdamWConfig, AdamWFactory
@@ -402,6 +403,21 @@ def test_tokens_that_nobody_trains_are_named(
         assert lines == []
     finally:
         logger.remove(sink)
+
+
+def test_ends_that_an_adapter_parts_are_named() -> None:
+    for config, parts in (
+        (LORA, False),
+        (CONFIGS["saved"], True),
+        ({**LORA, "target_modules": ["embed_tokens"]}, True),
+        ({**CONFIGS["saved"], "ensure_weight_tying": True}, False),
+    ):
+        model = make(TIED, peft_config=config)
+        assert bool(parted(model)) is parts, config
+        ends = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+        if config.get("modules_to_save"):
+            assert (ends[0] is ends[1]) is not parts
+        assert parted(make(LLAMA, peft_config={**config, "ensure_weight_tying": False})) == ""
 
 
 @pytest.mark.parametrize("shape", [LLAMA, TIED], ids=["llama", "tied"])

@@ -144,7 +144,7 @@ def _wrap(
             stack.enter_context(zero3_for_transformers(zero))
         stack.enter_context(_drawn_by_name(tuner, seed))
         stack.enter_context(warnings.catch_warnings())
-        # Said by targets.py and vocabulary.py where it matters; GPT-2's layout is set by peft.
+        # Tied ends are said by vocabulary.py; peft sets GPT-2's layout itself.
         warnings.filterwarnings(
             "ignore", message=".*(fan_in_fan_out|ensure_weight_tying|is_gradient_checkpointing).*"
         )

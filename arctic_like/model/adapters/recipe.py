@@ -66,8 +66,10 @@ def adapted(
         )
     if world.is_main:
         logger.info(build.summary(model))
-        if sentence := vocabulary.untrained(model, tokenizer, _own_tokenizer(config, tokenizer)):
-            logger.warning(sentence)
+        untrained = vocabulary.untrained(model, tokenizer, _own_tokenizer(config, tokenizer))
+        for sentence in (untrained, vocabulary.parted(model)):
+            if sentence:
+                logger.warning(sentence)
     return model  # type: ignore[no-any-return]
 
 

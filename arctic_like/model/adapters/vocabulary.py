@@ -73,3 +73,17 @@ def untrained(
         "embeddings: they stay untrained; name them in model.peft_config.modules_to_save: "
         "[embed_tokens, lm_head]"
     )
+
+
+def parted(model: Any) -> str:
+    """A sentence where the base's tied ends get weights of their own; empty where they stay one."""
+    if not getattr(model.config.get_text_config(), "tie_word_embeddings", False):
+        return ""
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    changed = [end for end in ends if hasattr(end, "base_layer") or hasattr(end, "original_module")]
+    if not changed or getattr(model.active_peft_config, "ensure_weight_tying", False):
+        return ""
+    return (
+        "input and output embeddings of the base are one matrix, and the adapter makes two of them; "
+        "model.peft_config.ensure_weight_tying: true keeps them one"
+    )
