@@ -1,6 +1,7 @@
 # arctic_like: everything runs in .venv, which is made once and again when the pins change.
 
 PYTHON ?= python3
+JOBS ?= 2
 EXTRAS := dev,tensorboard,wandb,peft,examples,metrics,onnx,sql
 VENV := .venv
 PINS := $(shell cat constraints.txt pyproject.toml | cksum | tr -d ' ')
@@ -35,11 +36,11 @@ $(VENV)/.ops: $(READY)
 quickstart: setup  ## train a small chat model on two CPU cores (under three minutes)
 	$(VENV)/bin/arctic-train recipes/quickstart.yaml
 
-test: setup $(VENV)/.ops  ## the tests
-	$(VENV)/bin/python -m pytest -m "not full and not gpu"
+test: setup $(VENV)/.ops  ## the tests, in two processes (JOBS=1: in one)
+	$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile -m "not full and not gpu"
 
 test-all: setup $(VENV)/.ops  ## the tests with the full matrices
-	$(VENV)/bin/python -m pytest -m "not gpu"
+	$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile -m "not gpu"
 
 test-gpu: setup  ## the tests that need a CUDA device
 	$(VENV)/bin/python -m pytest -m gpu

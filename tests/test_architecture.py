@@ -30,10 +30,10 @@ ROOT = PACKAGE.parent
 
 FLOORS: list[set[str]] = [
     {"errors", "loss", "world"},
-    {"run_info", "stop", "logs", "rundir", "config"},
+    {"run_info", "stop", "logs", "rundir", "config", "kernels"},
     {"registry"},
     {"tokenizer", "model", "data", "optimizer", "scheduler", "engine", "metrics", "tracking"}
-    | {"generation", "methods", "kernels"},
+    | {"generation", "methods"},
     {"checkpoint", "callbacks"},
     {"trainer"},
     {"recipe"},
@@ -61,6 +61,7 @@ class Import:
     typing_only: bool
 
 
+@cache
 def modules() -> dict[str, Path]:
     """Dotted name → file of every module of the package."""
     found = {}

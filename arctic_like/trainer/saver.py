@@ -246,9 +246,14 @@ def saved_state(directory: Path) -> dict[str, Any]:
 
 def _state_bytes(trainer: Trainer) -> int:
     """About what a checkpoint of all ranks takes: weights, and master weights and two moments in fp32."""
+    from arctic_like.engine.frozen_base import is_rebuilt
+
     total = 0
     for learner in trainer.equipment.learners.values():
+        rebuilt = is_rebuilt(learner.engine.module)
         for parameter in learner.engine.module.parameters():
+            if rebuilt and not parameter.requires_grad:
+                continue
             count = int(getattr(parameter, "ds_numel", parameter.numel()))
             total += count * (parameter.element_size() + (12 if parameter.requires_grad else 0))
     return total

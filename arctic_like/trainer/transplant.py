@@ -44,8 +44,13 @@ def transplant(engine: Engine, begin: WeightsFromConfig | None) -> Match | None:
 
 
 def own_shapes(engine: Engine) -> dict[str, list[int]]:
-    """Name → whole shape of every weight and persistent buffer of a model."""
-    return {name: list(shape) for name, shape in engine.shapes().items()}
+    """Name → whole shape of every weight and persistent buffer of a model; of an adapter over a base
+    that the recipe brings back, of what is trained alone."""
+    from arctic_like.engine.frozen_base import is_rebuilt
+
+    names = engine.trained(frozen_too=True) if is_rebuilt(engine.module) else None
+    shapes = engine.shapes().items()
+    return {name: list(shape) for name, shape in shapes if names is None or name in names}
 
 
 def fill(engine: Engine, found: dict[str, Any], taken: dict[str, str]) -> None:

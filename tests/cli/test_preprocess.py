@@ -157,7 +157,10 @@ def test_data_of_ones_own_keeps_nothing(folder, capsys):
     assert "data.type" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("asked", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("asked", "code"),
+    [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.full)],
+)
 def test_stopped_in_the_middle(folder, asked, code):
     (folder / "rows.py").write_text(ROWS)
     mark = folder / "hangs"

@@ -232,6 +232,7 @@ def test_a_mix_draws_its_shares(sources, batch, seed, epochs):
         assert max(times, default=0) <= passes + 1
 
 
+@settings(max_examples=20, deadline=None)
 @given(sources=sources, seed=seeds)
 def test_a_mix_goes_on_with_another_batch_size(sources, seed):
     sizes, draws = zip(*sources, strict=True)

@@ -67,15 +67,24 @@ def counted(run: Path) -> int:
 @pytest.mark.parametrize(
     ("ranks", "stage"),
     [
-        pytest.param(2, 2),
+        pytest.param(2, 2, marks=pytest.mark.full),
         pytest.param(2, 3, marks=pytest.mark.full),
         pytest.param(1, 0, marks=pytest.mark.full),
         pytest.param(1, 3, marks=pytest.mark.full),
     ],
 )
-def test_a_killed_run_is_the_run_that_was_never_killed(
+def test_a_run_killed_four_times_is_the_run_that_was_never_killed(
     tmp_path: Path, ranks: int, stage: int
 ) -> None:
+    """Also before the first checkpoint and after the last step."""
+    check_kills(tmp_path, ranks, stage, which=(0, 1, 2, 3))
+
+
+def test_a_killed_run_is_the_run_that_was_never_killed(tmp_path: Path) -> None:
+    check_kills(tmp_path, ranks=2, stage=2, which=(1, 2))
+
+
+def check_kills(tmp_path: Path, ranks: int, stage: int, which: tuple[int, ...]) -> None:
     """Accumulation 4 and dropout; killed before the first checkpoint, while one is written, in epoch 2,
     and after the last step."""
     data = write_conversations(tmp_path / "data.jsonl", count=60)
@@ -111,8 +120,8 @@ def test_a_killed_run_is_the_run_that_was_never_killed(
         lambda: counted(killed) >= some,
         lambda: counted(killed) >= total,
     ]
-    for moment in moments:
-        kill_when(command, moment, run=killed, cwd=tmp_path)
+    for number in which:
+        kill_when(command, moments[number], run=killed, cwd=tmp_path)
     again = arctic_train(*words_for("killed"), cwd=tmp_path)
     assert again.returncode == 0, again.stderr[-3000:]
     assert without_clocks(killed) == without_clocks(straight)
