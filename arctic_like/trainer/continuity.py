@@ -19,12 +19,16 @@ REFUSED = (
     "type", "seed", "model", "ref_model", "tokenizer", "data", "optimizer.type",
     "optimizer.groups.*.match",
     "deepspeed.zero_optimization.stage", "overfit_first_batch",
+    # of further learners, which have names of their own
+    "*.model", "*.frozen", "*.optimizer.type", "*.optimizer.groups.*.match",
+    "*.deepspeed.zero_optimization.stage",
 )  # fmt: skip
 HARMLESS = (
     "data.balance", "data.max_tokens_per_batch", "data.source_metrics",
     "data.cache_dir", "data.num_proc", "data.dl_num_workers", "data.eval_sources", "data.test_sources",
     "data.fail_on_missing_cache", "data.use_data_cache", "data.cache_processed_data",
     "model.attn_implementation", "model.disable_activation_checkpoint", "model.save_name",
+    "*.model.attn_implementation", "*.model.disable_activation_checkpoint",
 )  # fmt: skip
 UNSAID = (
     "output_dir", "overwrite", "allow_changes", "code", "logger", "device", "extends",

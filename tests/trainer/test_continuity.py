@@ -23,3 +23,19 @@ def test_a_resume_may_divide_global_batches_otherwise() -> None:
     after = {"data": {"balance": False, "max_tokens_per_batch": 4096, "source_metrics": False}}
     assert not refused(changes({"data": {}}, after))
     assert refused(changes({"data": {}}, {"data": {"group_by_length": True}}))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model": {"kwargs": {"width": 8}}},
+        {"optimizer": {"type": "adamw"}},
+        {"frozen": True},
+        {"deepspeed": {"zero_optimization": {"stage": 3}}},
+    ],
+)
+def test_a_further_learner_is_what_it_was(change: dict[str, object]) -> None:
+    """As of the recipe's own model; its learning rate and attention may change."""
+    assert refused(changes({"critic": {}}, {"critic": change}))
+    harmless = {"optimizer": {"lr": 1}, "model": {"attn_implementation": "eager"}}
+    assert not refused(changes({"critic": {}}, {"critic": harmless}))
