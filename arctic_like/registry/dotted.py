@@ -27,19 +27,27 @@ def is_dotted(text: str) -> bool:
 def import_class(path: str, *, place: str) -> type:
     """The class behind a dotted path: a module's, or one inside another class.
 
-    place: the recipe's key, for the error. Raises RecipeError where there is no such module or no
-    such class in it; what goes wrong inside a module that is there keeps its traceback.
+    Raises as `import_object`, and RecipeError where it is no class.
     """
-    module, rest = _import_longest(path, place=place)
-    found: Any = module
-    for word in rest:
-        if not hasattr(found, word):
-            raise RecipeError(_no_such_name(path, found, word, place))
-        found = getattr(found, word)
+    found = import_object(path, place=place)
     if not isinstance(found, type):
         raise RecipeError(
             Problem(f"is {path!r}, which is {type(found).__name__}, not a class", place)
         )
+    return found
+
+
+def import_object(path: str, *, place: str) -> Any:
+    """What a dotted path names: anything in a module, or inside a class of it.
+
+    place: the recipe's key, for the error. Raises RecipeError where there is no such module or no
+    such name in it; what goes wrong inside a module that is there keeps its traceback.
+    """
+    found, rest = _import_longest(path, place=place)
+    for word in rest:
+        if not hasattr(found, word):
+            raise RecipeError(_no_such_name(path, found, word, place))
+        found = getattr(found, word)
     return found
 
 
@@ -58,7 +66,8 @@ def _import_longest(path: str, *, place: str) -> tuple[Any, list[str]]:
         Problem(
             f"is {path!r}, and there is no module {words[0]!r}",
             place,
-            f"install it, or give the class's full path as an import would: {words[0]}.….{words[-1]}",
+            "install it, put it beside the `code:` file, or give the full path as an import would: "
+            f"{words[0]}.….{words[-1]}",
         )
     )
 
