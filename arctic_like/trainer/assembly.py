@@ -146,17 +146,17 @@ def assemble(trainer: Trainer, session: Session) -> Equipment:
         info, steps_per_epoch=plan.batches_per_epoch, training_horizon=total, warmup_steps=warmup,
         facts=MappingProxyType(dict(data.facts)),
     )  # fmt: skip
-    learners = {
-        name: _learner(
-            name,
-            part,
-            info,
-            tokenizer=tokenizer,
-            resumed=resumed,
-            notice=notice,
-            monitor=config.metric_monitor,
+    monitor = config.metric_monitor
+
+    def learner(name: str, part: Any, resumed: dict[str, Any] | None = None) -> Learner:
+        return _learner(
+            name, part, info, tokenizer=tokenizer, resumed=resumed, notice=notice, monitor=monitor
         )
-        for name, part in learner_configs(config).items()
+
+    if hasattr(trainer, "on_data_prepared"):  # a model that is asked before there are others
+        trainer.on_data_prepared(data, learner)
+    learners = {
+        name: learner(name, part, resumed) for name, part in learner_configs(config).items()
     }
     exporters = [build(one, "exporter") for one in config.exporters]
     check_exporters(exporters, list(learners))
@@ -271,10 +271,12 @@ def _horizon(config: Any, plan: Plan, data: PreparedData) -> tuple[int, int]:
 
 def learner_configs(config: Any) -> dict[str, Any]:
     """Name → what describes a learner: the recipe itself, and every field of it that is a
-    `LearnerConfig`, by the field's name. All have `model`, `optimizer`, `scheduler`, `deepspeed`."""
+    `LearnerConfig`, by the field's name, but for those that the config's `built_apart` names. All have
+    `model`, `optimizer`, `scheduler`, `deepspeed`."""
     from arctic_like.trainer.config import LearnerConfig
 
-    own = {name: getattr(config, name) for name in type(config).model_fields}
+    apart = getattr(config, "built_apart", ())
+    own = {name: getattr(config, name) for name in type(config).model_fields if name not in apart}
     return {
         MAIN: config,
         **{n: value for n, value in own.items() if isinstance(value, LearnerConfig)},
