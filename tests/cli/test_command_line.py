@@ -71,7 +71,8 @@ BAD = {
     "an unset variable": (GOOD + "seed: ${env:NOT_SET_HERE}\n", ["bad.yaml:8", "NOT_SET_HERE"]),
     "no model": (GOOD.replace("  config: ", "  hf_config_kwargs: "), ["bad.yaml:3", "model"]),
     "not built yet": (GOOD + "sequence_parallel_size: 2\n", ["sequence_parallel_size"]),
-    "dpo": (GOOD.replace("type: sft", "type: dpo"), ["dpo"]),
+    "an unknown loss": (GOOD.replace("type: sft", "type: dpo") + "loss: sigmod\n",
+                        ["bad.yaml:8", "loss", "did you mean 'sigmoid'?"]),
 }  # fmt: skip
 
 

@@ -35,7 +35,7 @@ def listing(folder: Path) -> list[str]:
         ({"data__sources": ["./torn.jsonl"]}, ["torn.jsonl:2"]),
         ({"model__config": {**MODEL, "vocab_size": 100}}, ["vocab_size", "100"]),
         ({"sequence_parallel_size": 2}, ["sequence_parallel_size"]),
-        ({"type": "dpo", "data__type": "dpo"}, ["dpo"]),
+        ({"type": "dpo", "data__type": "dpo"}, ["data.jsonl:1", "`chosen`"]),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

@@ -1,0 +1,211 @@
+"""Runs of pairs: the same at any stage, number of ranks and division, packed or not, resumed or not."""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from .test_resume import counted, kill_when
+from .tools import (
+    MODEL,
+    WORDS,
+    arctic_train,
+    drive,
+    lines,
+    recipe,
+    train_lines,
+    write_recipe,
+)
+
+METHODS: dict[str, dict[str, Any]] = {
+    "sigmoid": {"type": "dpo", "loss": "sigmoid"},
+    "ipo": {"type": "dpo", "loss": "ipo"},
+    "aot": {"type": "dpo", "loss": {"aot": 1.0, "sft": 0.3}},
+    "bco": {"type": "dpo", "loss": "bco_pair", "use_weighting": True},
+    "orpo": {"type": "orpo"},
+}
+# name → stage, ranks, micro-batch size, packed
+DIVISIONS = {"fine": (0, 1, 1, True), "two": (2, 2, 1, True), "three": (3, 2, 2, False)}
+OTHER = {**MODEL, "num_hidden_layers": 1, "intermediate_size": 48}
+
+
+def write_pairs(path: Path, *, count: int, seed: int = 0) -> Path:
+    """Pairs whose answers differ in length by a factor of up to ten."""
+    draw = random.Random(seed)
+    with path.open("w") as file:
+        for number in range(count):
+            one, other = (" ".join(draw.choices(WORDS, k=draw.randint(1, 6))) for _ in range(2))
+            row = {
+                "prompt": f"{number} {draw.choice(WORDS)}?",
+                "chosen": f"{one} yes",
+                "rejected": other,
+            }
+            file.write(json.dumps(row) + "\n")
+    return path
+
+
+def content(data: Path, method: str, **changes: Any) -> dict[str, Any]:
+    """A run whose every step has all pairs, so that packing changes no global batch."""
+    own = {
+        **METHODS[method], "data__type": "dpo", "data__max_length": 96, "data__pack_samples": False,
+        "data__eval_sources": [str(data.with_name("eval.jsonl"))], "eval_interval": 1, "beta": 0.5,
+        "global_batch_size": 64, "micro_batch_size": 4, "train_iters": 3,
+        "optimizer__learning_rate": 1e-3,
+    }  # fmt: skip
+    made = recipe(data, **{**own, **changes})
+    del made["gradient_accumulation_steps"]
+    return made
+
+
+def resumable(data: Path, method: str, **changes: Any) -> dict[str, Any]:
+    """With dropout, steps of four pairs, and a checkpoint in the middle."""
+    own = {
+        "model__config": {**MODEL, "attention_dropout": 0.2}, "global_batch_size": 4,
+        "micro_batch_size": 1, "train_iters": 6,
+        "checkpoint": [{"type": "deepspeed", "save_every_n_steps": 3}],
+    }  # fmt: skip
+    return content(data, method, **{**own, **changes})
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One launch of one rank and one of two, for all runs."""
+    folder = tmp_path_factory.mktemp("preferences")
+    data = write_pairs(folder / "pairs.jsonl", count=7)
+    write_pairs(folder / "eval.jsonl", count=3, seed=1)
+    jobs: dict[int, list[dict[str, Any]]] = {1: [], 2: []}
+
+    def add(name: str, made: dict[str, Any], *, ranks: int = 1, **more: Any) -> None:
+        path = write_recipe(folder / f"{name}.yaml", made)
+        output = more.pop("output_dir", str(folder / name))
+        jobs[ranks].append({"recipe": str(path), "output_dir": output, **more})
+
+    for method in METHODS:
+        add(f"{method}-whole", content(data, method))
+        for name, (stage, ranks, micro, packed) in DIVISIONS.items():
+            made = content(
+                data, method, micro_batch_size=micro, data__pack_samples=packed,
+                deepspeed__zero_optimization__stage=stage,
+            )  # fmt: skip
+            add(f"{method}-{name}", made, ranks=ranks)
+    other = {"config": OTHER, "dtype": "fp32"}
+    add("other-model", content(data, "sigmoid", ref_model=other))
+    for ranks, stage in ((1, 0), (2, 3)):
+        shared: dict[str, Any] = {
+            "precompute_reference": True, "deepspeed__zero_optimization__stage": stage,
+            "data__cache_dir": str(folder / f"cache-{ranks}"), "micro_batch_size": 3,
+        }  # fmt: skip
+        add(f"table-{ranks}", content(data, "sigmoid", **shared), ranks=ranks)
+        add(
+            f"other-table-{ranks}", content(data, "sigmoid", ref_model=other, **shared), ranks=ranks
+        )
+    for name, ranks, made in (
+        ("aot", 2, resumable(data, "aot", deepspeed__zero_optimization__stage=2)),
+        ("bco", 1, resumable(data, "bco", precompute_reference=True)),
+    ):
+        add(f"{name}-straight", made, ranks=ranks)
+        add(f"{name}-stopped", {**made, "exit_iteration": 3}, ranks=ranks)
+        add(f"{name}-resumed", made, ranks=ranks, output_dir=str(folder / f"{name}-stopped"),
+            resume="latest")  # fmt: skip
+    for ranks, listed in jobs.items():
+        drive(listed, ranks=ranks, folder=folder)
+    return folder
+
+
+def series(run: Path, *keys: str) -> list[float]:
+    """The values of some keys, line by line."""
+    return [line[key] for line in lines(run) for key in keys if key in line]
+
+
+def clockless(run: Path) -> list[dict[str, Any]]:
+    return [
+        {k: v for k, v in line.items() if k != "step_time" and not k.endswith("_per_second")}
+        for line in lines(run)
+    ]
+
+
+@pytest.mark.parametrize("division", DIVISIONS)
+@pytest.mark.parametrize("method", METHODS)
+def test_a_step_is_the_same_however_it_is_divided(runs: Path, method: str, division: str) -> None:
+    one, other = runs / f"{method}-whole", runs / f"{method}-{division}"
+    assert len(train_lines(one)) == 3
+    for key in ("loss", "grad_norm", "eval/loss"):
+        expected = series(one, key)
+        assert len(expected) > 1
+        assert series(other, key) == pytest.approx(expected, rel=1e-5), key
+    for key in (
+        k for line in lines(one) for k in line if "rewards/" in k or "logps/" in k or "kl" in k
+    ):
+        assert series(other, key) == pytest.approx(series(one, key), rel=1e-4, abs=1e-6), key
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_loss_falls_and_the_margin_grows(runs: Path, method: str) -> None:
+    found = train_lines(runs / f"{method}-whole")
+    assert found[-1]["loss"] < found[0]["loss"]
+    assert found[-1]["rewards/margins"] > found[0]["rewards/margins"]
+
+
+def test_at_the_first_step_the_policy_is_the_reference(runs: Path) -> None:
+    """So DPO's loss is log 2 and no answer has a reward; with another model it is not."""
+    first = train_lines(runs / "sigmoid-whole")[0]
+    assert first["loss"] == pytest.approx(0.6931471805599453, abs=1e-7)
+    assert (first["rewards/chosen"], first["kl"]) == (0.0, 0.0)
+    assert abs(train_lines(runs / "other-model")[0]["rewards/chosen"]) > 0.01
+
+
+@pytest.mark.parametrize(
+    ("table", "model"),
+    [
+        ("table-1", "sigmoid-whole"),
+        ("table-2", "sigmoid-whole"),
+        ("other-table-1", "other-model"),
+        ("other-table-2", "other-model"),
+    ],
+)
+def test_a_precomputed_reference_is_the_model(runs: Path, table: str, model: str) -> None:
+    for key in ("loss", "eval/loss"):
+        assert series(runs / table, key) == pytest.approx(series(runs / model, key), rel=1e-6), key
+    assert series(runs / table, "grad_norm") == pytest.approx(
+        series(runs / model, "grad_norm"), rel=1e-5
+    )
+
+
+@pytest.mark.parametrize("name", ["aot", "bco"])
+def test_a_resumed_run_is_the_run_that_never_stopped(runs: Path, name: str) -> None:
+    straight = clockless(runs / f"{name}-straight")
+    assert len(straight) > 6
+    assert clockless(runs / f"{name}-stopped") == straight
+    digests = [
+        json.loads((runs / f"{name}-{which}" / "facts.json").read_text())["final"]
+        for which in ("straight", "stopped")
+    ]
+    assert digests[0] == digests[1]
+
+
+def test_a_reference_is_in_no_checkpoint(runs: Path) -> None:
+    facts = next((runs / "aot-straight" / "checkpoints").glob("step-*/run.json"))
+    assert "reference" not in json.loads(facts.read_text())["recipe"]
+    assert not list((runs / "aot-straight" / "checkpoints").rglob("*reference*"))
+
+
+@pytest.mark.full
+def test_a_killed_run_is_the_run_that_was_never_killed(tmp_path: Path) -> None:
+    data = write_pairs(tmp_path / "pairs.jsonl", count=11)
+    write_pairs(tmp_path / "eval.jsonl", count=5, seed=1)
+    made = resumable(data, "aot", precompute_reference=True)
+    made["checkpoint"][0] |= {"auto_resume": True, "save_every_n_steps": 2}
+    path = write_recipe(tmp_path / "recipe.yaml", made)
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    assert arctic_train(str(path), f"output_dir={straight}", cwd=tmp_path).returncode == 0
+    words = [str(path), f"output_dir={killed}"]
+    command = [sys.executable, "-m", "arctic_like.cli.main", *words]
+    kill_when(command, lambda: counted(killed) >= 4, run=killed, cwd=tmp_path)
+    again = arctic_train(*words, cwd=tmp_path)
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert clockless(killed) == clockless(straight)
