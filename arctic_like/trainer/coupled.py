@@ -101,7 +101,7 @@ class CoupledTrainer(Trainer):
             part_of_step = weight / self.session.step_weight
             # sums over the whole batch: each micro-batch brings its part, so that they add up to it
             groups = {
-                name: (total * part_of_step, over * part_of_step)
+                name: (_double(total) * part_of_step, _double(over) * part_of_step)
                 for name, (total, over) in whole.groups.items()
             }
             if not weight:
@@ -180,6 +180,12 @@ class CoupledTrainer(Trainer):
             torch.cat([rows for rows, _ in everyone]), torch.cat(facts) if facts else None
         )
         return {"": float(found.mean)}
+
+
+def _double(value: Tensor | float) -> Tensor:
+    import torch
+
+    return torch.as_tensor(value).detach().double()
 
 
 class _WholeSet:

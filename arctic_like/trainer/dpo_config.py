@@ -125,7 +125,7 @@ class DPOConfig(PreferenceConfig):
         """A `reference` that states no model has the policy's."""
         if not isinstance(data, dict) or not isinstance(data.get("reference"), dict):
             return data
-        if "model" in data["reference"] or "ref_model" in data or "model" not in data:
+        if "model" in data["reference"] or "model" not in data:
             return data
         return {**data, "reference": {**data["reference"], "model": data["model"]}}
 
@@ -171,6 +171,9 @@ class DPOConfig(PreferenceConfig):
                               f"set type: {kind}")  # fmt: skip
         if self.rpo_alpha is not None and "sft" in self.loss:
             yield Problem("and `sft` in `loss` are the same term", "rpo_alpha", "keep one of them")
+        if self.ld_alpha is not None and "sft" in names:
+            yield Problem("changes the log-probabilities of answers, and `sft` is their likelihood",
+                          "ld_alpha", "leave one of them out")  # fmt: skip
         taken = {number for name in names for number in LOSSES[name].numbers}
         meant = {
             "label_smoothing": (self.label_smoothing > 0, "label_smoothing"),

@@ -56,7 +56,9 @@ def raise_problems(title: str, problems: Iterable[Problem]) -> None:
     """Raise them all as one validation error, if there are any."""
     lines = [
         InitErrorDetails(
-            type=wrong(problem.message, hint=problem.hint), loc=(problem.place,), input=None
+            type=wrong(problem.message, hint=problem.hint),
+            loc=tuple(problem.place.split(".")),
+            input=None,
         )
         for problem in problems
     ]

@@ -104,6 +104,16 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         add(
             f"other-table-{ranks}", content(data, "sigmoid", ref_model=other, **shared), ranks=ranks
         )
+    adapted = {
+        "model__peft_config": {"type": "lora", "r": 4, "lora_dropout": 0.0},
+        "optimizer__learning_rate": 1e-2,
+    }
+    base = {"config": MODEL, "dtype": "fp32"}
+    add("adapter-switched", content(data, "sigmoid", **adapted))
+    add("adapter-beside", content(data, "sigmoid", ref_model=base, **adapted))
+    add("adapter-table", content(data, "sigmoid", precompute_reference=True, **adapted))
+    add("adapter-divided", content(data, "sigmoid", micro_batch_size=2, **adapted,
+                                   deepspeed__zero_optimization__stage=3), ranks=2)  # fmt: skip
     for name, ranks, made in (
         ("aot", 2, resumable(data, "aot", deepspeed__zero_optimization__stage=2)),
         ("bco", 1, resumable(data, "bco", precompute_reference=True)),
@@ -174,6 +184,15 @@ def test_a_precomputed_reference_is_the_model(runs: Path, table: str, model: str
     assert series(runs / table, "grad_norm") == pytest.approx(
         series(runs / model, "grad_norm"), rel=1e-5
     )
+
+
+@pytest.mark.parametrize("other", ["adapter-beside", "adapter-table", "adapter-divided"])
+def test_a_policy_without_its_adapter_is_its_reference(runs: Path, other: str) -> None:
+    """As a base model beside it, as its own first weights, and parted over two ranks."""
+    for key in ("loss", "eval/loss", "grad_norm"):
+        expected = series(runs / "adapter-switched", key)
+        assert series(runs / other, key) == pytest.approx(expected, rel=2e-6), key
+    assert expected[0] != pytest.approx(expected[-1], rel=0.05)
 
 
 @pytest.mark.parametrize("name", ["aot", "bco"])
