@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 Betas = tuple[HumanFloat, HumanFloat]
 
 
-def _within_unit_interval(betas: Betas | None) -> Betas | None:
+def within_unit_interval(betas: Betas | None) -> Betas | None:
+    """A validator: both are at least 0 and below 1."""
     if betas is not None and not all(0 <= beta < 1 for beta in betas):
         raise wrong(f"are {betas[0]} and {betas[1]}; both must be at least 0 and below 1")
     return betas
@@ -35,7 +36,7 @@ class AdamGroupConfig(GroupConfig):
     eps: Annotated[HumanFloat, Field(gt=0)] | None = None
     """The group's `eps`."""
 
-    _check_betas = field_validator("betas")(_within_unit_interval)
+    _check_betas = field_validator("betas")(within_unit_interval)
 
 
 class AdamConfig(OptimizerConfig):
@@ -50,7 +51,7 @@ class AdamConfig(OptimizerConfig):
     groups: tuple[AdamGroupConfig, ...] = ()
     """Parameters with settings of their own; all that no group matches have the optimizer's."""
 
-    _check_betas = field_validator("betas")(_within_unit_interval)
+    _check_betas = field_validator("betas")(within_unit_interval)
 
 
 class AdamWConfig(AdamConfig):

@@ -4,7 +4,8 @@ DeepSpeed (0.19.8) hands an optimizer flat pieces: from stage 1 on, all paramete
 vector, cut among the ranks; at stage 3 one group after another, each with a `step()` of its own. So
 
 - an update that looks at a parameter's shape or norm sees neither from stage 1 on;
-- a count that the optimizer keeps in its groups, as schedule-free ones do, runs too fast at stage 3;
+- a count that the optimizer keeps in its groups, as schedule-free ones and those of pytorch_optimizer
+  do, runs too fast at stage 3;
 - Adagrad is made anew over one group from stage 1 on, and no schedule reaches the new one;
 - no stage passes the closure on that L-BFGS needs.
 """
@@ -20,17 +21,25 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
 SHAPED = frozenset(
-    {"Adafactor", "Muon", "LARS", "LARC", "Lamb", "LAMB", "FusedLamb", "NovoGrad", "Shampoo",
-     "DistributedShampoo", "SOAP", "CAME", "SM3", "Adam_mini", "GaLoreAdamW"}
+    {"Adafactor", "AdaFactor", "Muon", "MuonWithAuxAdam", "AdaMuon", "LARS", "LARC", "Lamb", "LAMB",
+     "FusedLamb", "NovoGrad", "Shampoo", "ScalableShampoo", "DistributedShampoo", "SOAP", "CAME", "SM3",
+     "Adam_mini", "AdamMini", "GaLore", "GaLoreAdamW", "GaLoreAdamW8bit", "GaLoreAdafactor", "APOLLO",
+     "APOLLOAdamW", "QAPOLLOAdamW"}
 )  # fmt: skip
 """Class names whose update depends on the shape or the norm of whole parameters."""
 
+SHAPED_MODULES = ("apollo_torch.",)
+"""Where classes of such an update have a name that says nothing: APOLLO's is `AdamW`."""
+
 ELEMENTWISE = frozenset(
     {"Adam", "AdamW", "NAdam", "RAdam", "Adamax", "Adadelta", "RMSprop", "Rprop", "SGD", "ASGD",
-     "FusedAdam", "DeepSpeedCPUAdam"}
+     "FusedAdam", "DeepSpeedCPUAdam", "Lion", "AdamWScheduleFree", "AdamW8bit", "PagedAdamW8bit"}
 )  # fmt: skip
-"""Class names that are right at every stage: each element's update depends on that element alone.
-(Those of torch are tested on two ranks against a plain loop.)"""
+"""Class names that are right at every stage that they are allowed at: each element's update depends on
+that element alone, or (8 bits) on its neighbours in no way that matters. Tested on two ranks."""
+
+COUNTLESS = frozenset({"Lion"})
+"""Classes of pytorch_optimizer whose update does not depend on the count in their groups."""
 
 
 def check_optimizer(optimizer: Optimizer, *, zero_stage: int) -> None:
@@ -54,22 +63,21 @@ def check_optimizer(optimizer: Optimizer, *, zero_stage: int) -> None:
             "schedule reaches"
         )
         hint = "set deepspeed.zero_optimization.stage to 0, or take RMSprop or adamw"
-    elif zero_stage >= 1 and kind.__name__ in SHAPED:
+    elif zero_stage >= 1 and _is_shaped(kind):
         reason = (
             "looks at the shape or the norm of whole parameters, but ZeRO stage "
             f"{zero_stage} gives it flat pieces"
         )
         hint = "set deepspeed.zero_optimization.stage to 0, or take another optimizer"
-    elif zero_stage == 3 and has_modes(optimizer):
+    elif zero_stage == 3 and _counts_in_groups(optimizer):
         reason = (
             "counts its steps in its groups, but ZeRO stage 3 calls it once for each group: "
             "the count would run too fast"
         )
         hint = "set deepspeed.zero_optimization.stage to 2 or lower"
     if reason:
-        raise RecipeError(
-            Problem(f"is {kind.__qualname__}, which {reason}", "optimizer.type", hint)
-        )
+        name = "APOLLO" if kind.__module__.startswith("apollo_torch.") else kind.__qualname__
+        raise RecipeError(Problem(f"is {name}, which {reason}", "optimizer.type", hint))
 
 
 def untested(optimizer: Optimizer, *, zero_stage: int) -> str:
@@ -87,6 +95,19 @@ def untested(optimizer: Optimizer, *, zero_stage: int) -> str:
 def has_modes(optimizer: Optimizer) -> bool:
     """Whether an optimizer is schedule-free: it has `train()` and `eval()`, which change the weights."""
     return all(callable(getattr(optimizer, name, None)) for name in ("train", "eval"))
+
+
+def _is_shaped(kind: type) -> bool:
+    """Of a class and those that it is derived from: a subclass updates as they do."""
+    return any(
+        cls.__name__ in SHAPED or cls.__module__.startswith(SHAPED_MODULES) for cls in kind.__mro__
+    )
+
+
+def _counts_in_groups(optimizer: Optimizer) -> bool:
+    kind = type(optimizer)
+    of_package = kind.__module__.startswith("pytorch_optimizer.")
+    return has_modes(optimizer) or (of_package and kind.__name__ not in COUNTLESS)
 
 
 def _needs_closure(optimizer: Optimizer) -> bool:
