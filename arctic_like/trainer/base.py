@@ -30,12 +30,13 @@ from arctic_like.trainer.evaluation import evaluate_set, takes_index
 from arctic_like.trainer.failures import (
     fail_if_not_finite,
     fail_if_not_finite_so_far,
-    is_loss,
     name_samples,
 )
+from arctic_like.trainer.lines import Lines
 from arctic_like.trainer.moments import Moments
 from arctic_like.trainer.numbers import Numbers
 from arctic_like.trainer.progress import Progress, Result
+from arctic_like.trainer.requests import Requests
 from arctic_like.trainer.rewind import Rewind, checkpoint_before, go_back, remember
 from arctic_like.trainer.surface import MAIN, Surface
 
@@ -45,10 +46,6 @@ if TYPE_CHECKING:
     from arctic_like.data.loader import StepBatch
     from arctic_like.engine.surgery import Rows
     from arctic_like.trainer.assembly import Equipment, Session
-
-STOP_REASONS = ("interrupt", "terminate", "kill_switch", "callback")
-"""Why a run may stop, the most urgent first; what callbacks say for themselves counts as "callback"."""
-WISHES = ("evaluation", "checkpoint", "best", "log")
 
 
 @dataclass(frozen=True)
@@ -107,17 +104,13 @@ class Trainer(Part, Moments, Surface, family="trainer"):
         self.evaluation_values: dict[str, Any] = {}
         """What the last evaluation measured that is no single number: name → tensor."""
         self._stream: Iterator[StepBatch] | None = None
-        self._wishes: set[str] = set()
-        self._last_evaluation = -1
-        self._rewind: Rewind | None = None
-        self._concluded = False
-        self._last_line = -1
+        self.requests = Requests()
+        self.lines = Lines()
+        self.evaluated_at = -1
+        """The step of the last evaluation."""
         self._evaluations_made = 0
         self._steps_this_run = 0
         self._local_batches = 0
-        self._marks = {"step": time.perf_counter(), "line": 0}
-        self._last_times: dict[str, float] = {}
-        self._rates: dict[str, float] = {}
 
     @property
     def train_batches(self) -> Iterator[StepBatch]:
@@ -214,7 +207,7 @@ class Trainer(Part, Moments, Surface, family="trainer"):
         self.emit("on_train_start")
         if self.config.eval_at_start and self.global_step == 0:
             self.evaluate()
-        self._mark()
+        self.lines.mark(self)
         while not self.is_done:
             self.epoch()
         self._finish()
@@ -243,8 +236,8 @@ class Trainer(Part, Moments, Surface, family="trainer"):
             except NonFiniteError as error:
                 if not self._is_dealt_with(error):
                     raise
-            if self._rewind is not None:
-                self._go_back(self._rewind)
+            if self.requests.rewind is not None:
+                self._go_back(self.requests.rewind)
 
     def _next_step(self) -> None:
         batch = next(self.train_batches)
@@ -322,10 +315,10 @@ class Trainer(Part, Moments, Surface, family="trainer"):
                 prefix = "eval/" if name in ("", "eval") else f"eval/{name}/"
                 self._measure(prefix, batches, self.validation_step, results)
             self.emit("on_evaluate_end", results)
-        self._last_evaluation = self.global_step
+        self.evaluated_at = self.global_step
         self._evaluations_made += 1
         if self.numbers.evaluated(self.global_step, results) and self.global_step > 0:
-            self._wishes |= {"best"} if self.equipment.saver.saves_best else set()
+            self.requests.wishes |= {"best"} if self.equipment.saver.saves_best else set()
         for learner in self.learners.values():
             learner.after_evaluation(results, self.session.host)
         every = self.config.eval_log_iter_interval
@@ -432,12 +425,12 @@ class Trainer(Part, Moments, Surface, family="trainer"):
         """What happens inside does not count into the step time of the next train line."""
         start = time.perf_counter()
         yield
-        self._marks["step"] += time.perf_counter() - start
+        self.lines.leave_out(time.perf_counter() - start)
 
     def is_due(self, interval: Any, name: str) -> bool:
         """Whether an interval is due after the step that was just done; `name` tells clocks apart.
         Ranks agree. Collective where it is one of time."""
-        return self._due(interval, name)
+        return self.lines.due(self, interval, name)
 
     def call_hook(self, moment: str, *values: Any) -> None:
         """Another name of `emit`."""
@@ -496,20 +489,20 @@ class Trainer(Part, Moments, Surface, family="trainer"):
         """
         if checkpoint_before(self, before) is None:
             return False
-        self._rewind = Rewind(before, tuple(skip), reason, most)
+        self.requests.rewind = Rewind(before, tuple(skip), reason, most)
         return True
 
     def request_evaluation(self) -> None:
         """Ask for an evaluation at the step that is done, unless it had one; one rank is enough."""
-        self._wishes.add("evaluation")
+        self.requests.wishes.add("evaluation")
 
     def request_checkpoint(self) -> None:
         """Ask for a resumable checkpoint of the step that is done, unless it has one; one rank is enough."""
-        self._wishes.add("checkpoint")
+        self.requests.wishes.add("checkpoint")
 
     def request_log(self) -> None:
         """Ask for the train line of the step that is done, unless it was written; one rank is enough."""
-        self._wishes.add("log")
+        self.requests.wishes.add("log")
 
     def gradients(self, learner: str = MAIN) -> dict[str, Tensor]:
         """Parameter → full gradient of the step under way, float32, unscaled, the mean over the global
@@ -552,7 +545,7 @@ class Trainer(Part, Moments, Surface, family="trainer"):
         """What a checkpoint keeps of the metrics: the last and best values and when was evaluated."""
         return {
             **self.numbers.as_dict(),
-            "evaluated_at": self._last_evaluation,
+            "evaluated_at": self.evaluated_at,
             "evaluations_made": self._evaluations_made,
         }
 
@@ -560,9 +553,9 @@ class Trainer(Part, Moments, Surface, family="trainer"):
         """Go on from a checkpoint's `run.json`: counters and last values."""
         self.progress = Progress(**{**saved["progress"], "stopped": ""})
         self.numbers.take_up(saved["last"])
-        self._last_evaluation = saved["last"]["evaluated_at"]
+        self.evaluated_at = saved["last"]["evaluated_at"]
         self._evaluations_made = saved["last"]["evaluations_made"]
-        self._last_line = -1
+        self.lines.last = -1
         self._stream = None
 
     @property
@@ -575,7 +568,7 @@ class Trainer(Part, Moments, Surface, family="trainer"):
     @property
     def is_complete(self) -> bool:
         """Whether the training is not stopped, or stopped because it has reached its goal."""
-        return not self.progress.stopped or self._concluded
+        return not self.progress.stopped or self.requests.concluded
 
     @property
     def moment(self) -> tuple[int, int]:
@@ -609,11 +602,11 @@ class Trainer(Part, Moments, Surface, family="trainer"):
         return own or theirs
 
     def _go_back(self, asked: Rewind) -> None:
-        self._rewind = None
+        self.requests.rewind = None
         with self.clock_stopped():
             go_back(self, asked)
-            self._wishes.clear()
-        self._mark()
+            self.requests.wishes.clear()
+        self.lines.mark(self)
 
     def _pass_over(self) -> bool:
         """Move the position past a batch that is to be skipped; an epoch that ends with it has its end."""
@@ -625,7 +618,7 @@ class Trainer(Part, Moments, Surface, family="trainer"):
         if progress.position % plan.samples_per_epoch == 0:
             with self.clock_stopped():
                 self.emit("on_epoch_end")
-                self._end_epoch()
+                self.lines.write_epoch(self)
                 if self.equipment.saver.due(self, epoch_over=True):
                     self.checkpoint()
         return True
@@ -636,7 +629,7 @@ class Trainer(Part, Moments, Surface, family="trainer"):
         What was asked for is done here, at the step that is done, before the next one begins.
         """
         weights = [0.0 if m.idle else float(self.weight(m.data)) for m in batch.micro_batches]
-        total = self._agree(sum(weights))
+        total = self.requests.agree(self, sum(weights))
         if self.progress.stopped:
             return []
         if total <= 0:
@@ -651,56 +644,6 @@ class Trainer(Part, Moments, Surface, family="trainer"):
             WeightedBatch(m.data, m.samples, w, w * share)
             for m, w in zip(batch.micro_batches, weights, strict=True)
         ]
-
-    def _agree(self, weight: float = 0.0) -> float:
-        """The sum of a weight over all ranks, with what anyone asks for: granted, until nobody asks."""
-        while True:
-            wanted = self._wants_to_stop()
-            kind = wanted if wanted in STOP_REASONS or not wanted else "callback"
-            total, *asked = self.session.host.sum([
-                weight, *(float(reason == kind) for reason in STOP_REASONS),
-                *(float(wish in self._wishes) for wish in WISHES),
-            ])  # fmt: skip
-            stops, wishes = asked[: len(STOP_REASONS)], asked[len(STOP_REASONS) :]
-            if any(wishes):
-                self._grant({w for w, count in zip(WISHES, wishes, strict=True) if count})
-                continue
-            for reason, count in zip(STOP_REASONS, stops, strict=True):
-                if count and not self.progress.stopped:
-                    self._stop(*self._said(reason))
-            return total
-
-    def _said(self, reason: str) -> tuple[str, bool]:
-        """A callback's own word for its reason, and whether it concludes the training: the first rank's."""
-        if reason != "callback":
-            return reason, False
-        session = self.session
-        mine = (session.requested, session.concludes) if session.requested else None
-        said = [one for one in session.host.gather(mine) if one and one[0] not in STOP_REASONS[:-1]]
-        return said[0] if said else (reason, False)
-
-    def _grant(self, wishes: set[str]) -> None:
-        self._wishes -= wishes
-        with self.clock_stopped():
-            if "evaluation" in wishes and self._last_evaluation != self.global_step:
-                self.evaluate()
-            if "log" in wishes and self._last_line != self.global_step > 0:
-                self._log_step()
-            for wish, how in (("best", "is_best"), ("checkpoint", "on_request")):
-                if wish in wishes and self.equipment.saver.due(self, **{how: True}):
-                    self.checkpoint()
-
-    def _wants_to_stop(self) -> str:
-        session = self.session
-        if not session.requested and self.world.is_main:
-            session.requested = session.external_stop(self.config.kill_switch_path)
-        return session.requested
-
-    def _stop(self, reason: str, concludes: bool = False) -> None:
-        self.progress.stopped, self._concluded = reason, concludes
-        self.emit("on_stop_requested", reason)
-        if reason in ("interrupt", "terminate"):
-            self.emit("on_interrupt")
 
     def checked_loss(self, loss: Any, weight: float) -> Loss:
         """The one place where a scalar or a `Loss` becomes one form. Raises RunError for any other."""
@@ -729,117 +672,35 @@ class Trainer(Part, Moments, Surface, family="trainer"):
         self.progress.position += len(batch.global_batch.samples)
         self._steps_this_run += 1
         self._local_batches += len(batch.micro_batches)
-        self._rates = self._learning_rates()
+        self.lines.note_rates(self)
         for learner in self.learners.values():
             learner.after_step()
         self.emit("on_step_end")
         epoch_over = self.progress.position % self.equipment.plan.samples_per_epoch == 0
         logs = self.config.train_log_iter_interval
-        if self._due(logs, "log") or (logs and self.global_step == self.training_horizon):
-            self._log_step()
-        if self._rewind is not None:
+        if self.lines.due(self, logs, "log") or (
+            logs and self.global_step == self.training_horizon
+        ):
+            self.lines.write_step(self)
+        if self.requests.rewind is not None:
             return
         with self.clock_stopped():
             if epoch_over:
                 self.emit("on_epoch_end")
-            if self._due(self.config.eval_interval, "evaluation"):
+            if self.lines.due(self, self.config.eval_interval, "evaluation"):
                 self.evaluate()
             if epoch_over:
-                self._end_epoch()
+                self.lines.write_epoch(self)
             self._exit_if_asked()
-            if self._rewind is None and equipment.saver.due(self, epoch_over=epoch_over):
+            if self.requests.rewind is None and equipment.saver.due(self, epoch_over=epoch_over):
                 self.checkpoint()
-
-    def _learning_rates(self) -> dict[str, float]:
-        """Name in a line → learning rate that the step used."""
-        rates: dict[str, float] = {}
-        for name, learner in self.learners.items():
-            prefix = "" if name == MAIN else f"{name}/"
-            rates |= {f"{prefix}{key}": rate for key, rate in learner.learning_rates().items()}
-        return rates
-
-    def _due(self, interval: Any, name: str) -> bool:
-        """Whether an interval of the recipe is due after this step; ranks agree on the clock."""
-        if not interval:
-            return False
-        since = 0.0
-        if interval.unit == "seconds":
-            now = time.monotonic()
-            last = self._last_times.setdefault(name, self.session.started)
-            since = self.session.host.from_main(now - last)
-        due = interval.due(
-            self.global_step,
-            steps_per_epoch=self.equipment.plan.batches_per_epoch,
-            total_steps=self.training_horizon,
-            seconds_since_last=since,
-        )
-        if due:
-            self._last_times[name] = time.monotonic()
-        return bool(due)
 
     def _exit_if_asked(self) -> None:
         config = self.config
         for limit, count in ((config.exit_iteration, self.global_step),
                              (config.exit_iteration_this_run, self._steps_this_run)):  # fmt: skip
             if limit and count >= limit and not self.is_done:
-                self._stop("exit_iteration")
-
-    def _log_step(self) -> None:
-        """The train line. The only place in a step that waits for the device."""
-        means = self.equipment.step_ledger.read()
-        norms = {
-            ("" if name == MAIN else f"{name}/") + "grad_norm": float(learner.engine.grad_norm)
-            for name, learner in self.learners.items()
-            if not learner.frozen
-        }
-        steps = self.global_step - self._marks["line"]
-        seconds = (time.perf_counter() - self._marks["step"]) / max(steps, 1)
-        for name, value in means.values.items():
-            if is_loss(name):
-                fail_if_not_finite(self, value, what=name)
-        for name, norm in norms.items():
-            fail_if_not_finite(self, norm, what=name.replace("grad_norm", "gradient norm"))
-        first = {"loss": means.values.pop("loss")} if "loss" in means.values else {}
-        line = {
-            **first,
-            **self._rates,
-            **norms,
-            self.weight_unit: int(self.session.step_weight),
-            "samples_seen": self.progress.position,
-            "step_time": seconds,
-            f"{self.weight_unit}_per_second": means.weight / max(seconds * steps, 1e-9),
-            **means.values,
-            **{
-                f"{self.weight_unit}/{name.removeprefix('loss/')}": int(count)
-                for name, count in means.weights.items()
-                if name.startswith("loss/")
-            },
-        }
-        self._last_line = self.global_step
-        self.emit("on_log", line)
-        self.log(line, kind="train")
-        self._mark()
-
-    def _end_epoch(self) -> None:
-        """The epoch's record: mean train loss, learning rate, the evaluation of its last step."""
-        means = self.equipment.epoch_ledger.read()
-        line: dict[str, float] = {}
-        for name, value in means.values.items():
-            if is_loss(name):
-                fail_if_not_finite(self, value, what=name)
-                line[f"{name.removesuffix('loss')}epoch_train_loss"] = value
-        record = {"epoch": float(self.current_epoch), "step": float(self.global_step), **line}
-        record |= {k: v for k, v in self._rates.items() if k.endswith("learning_rate")}
-        if self._last_evaluation == self.global_step:
-            record |= {k: v for k, v in self.numbers.last.items() if k.startswith("eval/")}
-        self.numbers.history.append(record)
-        for learner in self.learners.values():
-            learner.after_epoch()
-        self.log(line, kind="epoch")
-
-    def _mark(self) -> None:
-        """Start the clock of the next train line."""
-        self._marks = {"step": time.perf_counter(), "line": self.global_step}
+                self.requests.stop(self, "exit_iteration")
 
     def _measure(
         self, prefix: str, batches: Any, step: Callable[..., Any], results: dict[str, float]
@@ -872,11 +733,11 @@ class Trainer(Part, Moments, Surface, family="trainer"):
         if self.is_complete and progress.finished:
             return
         if self.is_complete:
-            if self.config.eval_at_end and self._last_evaluation != self.global_step:
+            if self.config.eval_at_end and self.evaluated_at != self.global_step:
                 self.evaluate()
-            self._agree()  # what callbacks asked for at the last step
+            self.requests.agree(self)  # what callbacks asked for at the last step
             if self.global_step >= self.training_horizon:
-                progress.stopped, self._concluded = "", False
+                progress.stopped, self.requests.concluded = "", False
         finished = progress.finished = self.is_complete
         if self.equipment.saver.due(self, at_end=finished, at_stop=not finished):
             self.checkpoint()
