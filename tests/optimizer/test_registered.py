@@ -18,7 +18,6 @@ from arctic_like.api import execute
 from arctic_like.errors import CheckpointError, RecipeError
 from arctic_like.registry import build
 from arctic_like.stop import StopRequest
-
 from tests.integration.tools import drive, train_lines, without_clocks, write_recipe
 
 STEPS, HALF, BARE = 8, 4, 3
