@@ -10,15 +10,20 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from arctic_like import load_recipe
 from arctic_like.api import execute
-from arctic_like.errors import RecipeError
+from arctic_like.data.balance import Division
+from arctic_like.data.collate import PaddingCollate
+from arctic_like.engine.host import HostGroup
+from arctic_like.errors import RecipeError, RunError
 from arctic_like.loss import Loss
 from arctic_like.stop import StopRequest
 from arctic_like.trainer.base import WeightedBatch
 from arctic_like.trainer.coupled import CoupledTrainer
+from arctic_like.trainer.reference import ReferenceTable, fingerprint, prepare_table
 from arctic_like.world import World
 from tests.integration.tools import MODEL, WORDS, recipe, train_lines, write_recipe
 
@@ -259,6 +264,112 @@ def test_a_coupled_loss_of_micro_batches_is_another_loss() -> None:
         gradients.append(trainer.net[0].weight.grad)  # type: ignore[union-attr]
     first, second = gradients
     assert float((first - second).abs().max()) > 1e-3  # type: ignore[operator]
+
+
+# A reference that is asked once ---------------------------------------------------------------------
+
+
+class Pairs:
+    """Samples of one to three pairs of random tokens, as `data: {type: dpo}` gives them."""
+
+    def __init__(self, count: int, *, seed: int = 0) -> None:
+        draw = np.random.default_rng(seed)
+        self.samples = []
+        for _ in range(count):
+            lengths = draw.integers(2, 6, 2 * draw.integers(1, 4))
+            tokens = draw.integers(0, 50, lengths.sum())
+            segments = np.repeat(np.arange(len(lengths)), lengths)
+            self.samples.append(
+                {
+                    "input_ids": tokens,
+                    "labels": tokens,
+                    "position_ids": tokens,
+                    "segment_ids": segments,
+                }
+            )
+        self.lengths = np.array([len(one["input_ids"]) for one in self.samples])
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.samples[index]
+
+
+class Oracle:
+    """Gives each answer the sum of its tokens; counts what it is asked, and fails when told to."""
+
+    def __init__(self, *, fails_after: int = 10**9) -> None:
+        self.asked, self.fails_after = 0, fails_after
+
+    def __call__(self, batch: Any) -> Any:
+        import torch
+
+        if self.asked >= self.fails_after:
+            raise KeyboardInterrupt
+        self.asked += len(batch["input_ids"])
+        found = []
+        for tokens, segments in zip(batch["input_ids"], batch["segment_ids"], strict=True):
+            found += [float(tokens[segments == k].sum()) for k in range(int(segments.max()) + 1)]
+        return torch.tensor(found, dtype=torch.float64)
+
+
+def tabulated(root: Path, oracle: Oracle, *sets: Pairs, reference: str = "one") -> ReferenceTable:
+    return prepare_table(
+        sets, PaddingCollate(pad_token_id=0, multiple=8), oracle, reference=reference, root=root,  # type: ignore[arg-type]
+        division=Division(3, balance=True), host=HostGroup(World()), chunk=4,
+    )  # fmt: skip
+
+
+def test_a_table_gives_every_batch_its_own_answers(tmp_path: Path) -> None:
+    """Whatever the order, the set and the padding."""
+    one, other = Pairs(11), Pairs(5, seed=1)
+    table = tabulated(tmp_path, Oracle(), one, other)
+    for rows in ([one[7]], [one[0], other[4], one[10]], [other[k] for k in (3, 1, 0)]):
+        batch = PaddingCollate(pad_token_id=0, multiple=8)(rows)
+        assert table.of(batch).tolist() == Oracle()(batch).tolist()
+
+
+def test_a_table_is_found_again_and_made_anew_for_another_reference(tmp_path: Path) -> None:
+    samples = Pairs(11)
+    tabulated(tmp_path, Oracle(), samples)
+    again, other, more = Oracle(), Oracle(), Oracle()
+    tabulated(tmp_path, again, samples)
+    tabulated(tmp_path, other, samples, reference="two")
+    tabulated(tmp_path, more, samples, Pairs(3, seed=9))
+    assert (again.asked, other.asked, more.asked) == (0, 11, 3)
+
+
+def test_a_table_whose_preparation_was_killed_goes_on(tmp_path: Path) -> None:
+    samples = Pairs(11)
+    with pytest.raises(KeyboardInterrupt):
+        tabulated(tmp_path, Oracle(fails_after=6), samples)
+    rest = Oracle()
+    table = tabulated(tmp_path, rest, samples)
+    assert rest.asked == 7  # one entry of four samples was whole
+    batch = PaddingCollate(pad_token_id=0)([samples[k] for k in range(11)])
+    assert table.of(batch).tolist() == Oracle()(batch).tolist()
+
+
+def test_a_sample_that_was_not_there_is_named(tmp_path: Path) -> None:
+    table = tabulated(tmp_path, Oracle(), Pairs(4))
+    with pytest.raises(RunError, match="precompute_reference"):
+        table.of(PaddingCollate(pad_token_id=0)([Pairs(1, seed=5)[0]]))
+
+
+def test_a_fingerprint_is_of_every_value() -> None:
+    import torch
+
+    def made(**changes: Any) -> str:
+        torch.manual_seed(0)
+        net = torch.nn.Linear(40, 30, bias=changes.get("bias", True))
+        with torch.no_grad():
+            net.weight[17, 23] += changes.get("shift", 0.0)
+        return fingerprint(net.to(changes.get("dtype", torch.float32)), HostGroup(World()))
+
+    assert made() == made()
+    others = [made(shift=1e-6), made(bias=False), made(dtype=torch.bfloat16)]
+    assert len({made(), *others}) == 4
 
 
 # What is refused -----------------------------------------------------------------------------------
