@@ -35,11 +35,19 @@ class DPODataConfig(PreferenceDataConfig):
 
     type: str = "dpo"
 
+    margin: bool = False
+    """Every row also has a number `margin`, by how much its chosen answer was judged better; `type: reward`
+    asks for at least that difference."""
+
 
 class KTODataConfig(PreferenceDataConfig):
     """The recipe's `data:` for answers that are each judged for themselves."""
 
     type: str = "kto"
+
+    kl_answers: bool = False
+    """Behind each answer its prompt with the answer of another row, by which `loss: kto` estimates the
+    divergence from the reference; it sets this itself."""
 
 
 class _PreferenceDataFactory(TokenDataFactory):
@@ -50,6 +58,11 @@ class _PreferenceDataFactory(TokenDataFactory):
     default_long: ClassVar[LongSamples] = "drop"
     documents: ClassVar[int]
     """Documents of a row, which stay together."""
+
+    @property
+    def mismatched(self) -> bool:
+        """Whether a prompt with another row's answer stands behind each answer."""
+        return False
 
     def problems(self) -> list[Problem]:
         config = self.config
@@ -118,7 +131,10 @@ class _PreferenceDataFactory(TokenDataFactory):
     ) -> Prepared:
         from arctic_like.data.preference_samples import preference_samples
 
-        return preference_samples(sources, cut, documents=self.documents, store=store, share=share)
+        return preference_samples(
+            sources, cut, documents=self.documents, store=store, share=share,
+            mismatched=self.mismatched,
+        )  # fmt: skip
 
     def _sets(self, entries: Any, cut: Cut, store: Store) -> dict[str, Prepared]:
         # here and not in `build`, whose parameters say what a run has to bring
@@ -141,12 +157,18 @@ class DPODataFactory(_PreferenceDataFactory):
 
     name = "dpo"
     config_type = DPODataConfig
+    config: DPODataConfig
     documents = 2
 
     def encoder(self, tokenizer: PreTrainedTokenizerBase, source: SourceConfig) -> Encoder:
         from arctic_like.data.preference_encoders import PairEncoder
 
-        return PairEncoder(tokenizer, source, **self._options(source))
+        return PairEncoder(
+            tokenizer, source, **self._options(source), with_margin=self.config.margin
+        )
+
+    def shape(self, source: SourceConfig) -> dict[str, Any]:
+        return {**super().shape(source), **({"margin": True} if self.config.margin else {})}
 
 
 class KTODataFactory(_PreferenceDataFactory):
@@ -154,7 +176,13 @@ class KTODataFactory(_PreferenceDataFactory):
 
     name = "kto"
     config_type = KTODataConfig
+    config: KTODataConfig
     documents = 1
+
+    @property
+    def mismatched(self) -> bool:
+        """See `KTODataConfig.kl_answers`."""
+        return self.config.kl_answers
 
     def encoder(self, tokenizer: PreTrainedTokenizerBase, source: SourceConfig) -> Encoder:
         from arctic_like.data.preference_encoders import UnpairedEncoder

@@ -10,7 +10,8 @@ such pairs are counted (`prompts_differ`). The prefix is stored with each of the
 reads documents one by one needs no other layout, and they stay documents like all others.
 
 Columns (one value a document, both documents of a pair alike): `prompt`, how many tokens of the
-prompt they have in common, of which may be cut; `desirable`, 1 or 0, of unpaired answers.
+prompt they have in common, of which may be cut; `desirable`, 1 or 0, of unpaired answers; `margin`,
+the 64 bits of a float, of pairs that have one.
 """
 
 from __future__ import annotations
@@ -89,7 +90,7 @@ class _PreferenceEncoder:
         counts: Counter[str] = Counter()
         places: list[str] = []
         documents: list[_Document] = []
-        desirable: list[int] = []
+        labels: list[int] = []
         for place, answers, label in rendered:
             mine = [next(encodings) for _ in answers]
             try:
@@ -99,13 +100,16 @@ class _PreferenceEncoder:
                 continue
             places += [place] * len(found)
             documents += found
-            desirable += [label] * len(found)
+            labels += [label] * len(found)
         encoded = joined(
             places, [one.tokens for one in documents], [one.trained for one in documents], counts
         )
-        values = {"prompt": [one.prompt for one in documents], "desirable": desirable}
+        values = ([one.prompt for one in documents], labels)
         encoded.columns.update(
-            {name: np.array(values[name], dtype=np.int64) for name in self.columns}
+            {
+                name: np.array(found, dtype=np.int64)
+                for name, found in zip(self.columns, values, strict=False)
+            }
         )
         encoded.bad += bad
         return encoded
@@ -182,7 +186,16 @@ class _Answer:
 
 
 class PairEncoder(_PreferenceEncoder):
-    """Rows with a chosen and a rejected answer to one prompt: two documents each, chosen first."""
+    """Rows with a chosen and a rejected answer to one prompt: two documents each, chosen first.
+
+    with_margin: they also say by how much the one was judged better.
+    """
+
+    def __init__(self, *args: Any, with_margin: bool = False, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.with_margin = with_margin
+        if with_margin:
+            self.columns = ("prompt", "margin")
 
     def render(self, row: dict[str, Any]) -> tuple[list[_Answer], int]:
         pair, tools = shapes.pair(row, self.source), shapes.tools(row)
@@ -199,7 +212,10 @@ class PairEncoder(_PreferenceEncoder):
             raise shapes.RowError(
                 "has a prompt that the chat template writes differently before its two answers"
             )
-        return answers, 0
+        if not self.with_margin:
+            return answers, 0
+        margin = np.float64(shapes.margin(row, self.source))
+        return answers, int(margin.view(np.int64))
 
 
 class UnpairedEncoder(_PreferenceEncoder):

@@ -15,6 +15,7 @@ import numpy as np
 from arctic_like.data import cache, packing
 from arctic_like.data.base import LongSamples, Sample
 from arctic_like.data.documents import Documents
+from arctic_like.data.mismatched import PIECES, join_mismatched, with_mismatched
 from arctic_like.data.prepare import (
     COUNTS,
     Cut,
@@ -51,7 +52,17 @@ class _PreferenceSamples(DocumentSamples):
 
 
 class PairSamples(_PreferenceSamples):
-    """Samples of pairs: `segment_ids` is 2 · pair + (0 chosen | 1 rejected)."""
+    """Samples of pairs: `segment_ids` is 2 · pair + (0 chosen | 1 rejected). With margins, `margin` is
+    that of the pair at every token, the 64 bits of a float as an integer."""
+
+    def __getitem__(self, index: int) -> Sample:
+        sample = super().__getitem__(index)
+        pieces = self._bounds(index)
+        if all("margin" in part.columns for part in self.documents if len(part)):
+            found = (self._where(piece) for piece in pieces)
+            margins = np.array([part.columns["margin"][at] for part, at in found], dtype=np.int64)
+            sample["margin"] = np.repeat(margins, self.pieces.length[pieces])
+        return sample
 
     def sample_id(self, index: int) -> str:
         """Places of the sample's first pairs: "train.jsonl:17, train.jsonl:4 … +5"."""
@@ -76,6 +87,30 @@ class UnpairedSamples(_PreferenceSamples):
         return sample
 
 
+class MismatchedSamples(UnpairedSamples):
+    """The same, and behind each judged answer (document 2k) its prompt with another one's (2k + 1);
+    `desirable` is the judged answer's in both."""
+
+    def __getitem__(self, index: int) -> Sample:
+        sample = super().__getitem__(index)
+        pieces = self._bounds(index)
+        opens = []
+        for piece in pieces:
+            part, document = self._where(piece)
+            opens.append(part.trained[part.offsets[document] + self.pieces.start[piece]] > 0)
+        lengths = self.pieces.length[pieces]
+        join_mismatched(sample, lengths, np.array(opens))
+        of_units = sample["desirable"][np.cumsum(lengths)[::PIECES] - 1]
+        sample["desirable"] = np.repeat(of_units, lengths.reshape(-1, PIECES).sum(axis=1))
+        return sample
+
+    def sample_id(self, index: int) -> str:
+        """Places of the sample's first judged answers: "train.jsonl:17, train.jsonl:4 … +5"."""
+        judged = self._bounds(index)[::PIECES]
+        named = ", ".join(self._place(piece) for piece in judged[:_NAMED])
+        return named + (f" … +{len(judged) - _NAMED}" if len(judged) > _NAMED else "")
+
+
 def preference_samples(
     sources: Sequence[SourceDocuments],
     cut: Cut,
@@ -83,25 +118,29 @@ def preference_samples(
     documents: int,
     store: Store,
     share: tuple[float, float] = (0.0, 1.0),
+    mismatched: bool = False,
 ) -> Prepared:
     """The samples of a set of preferences.
 
-    documents: of a unit, 2 for pairs. Each document has at most `cut.max_length` tokens; a sample
-    holds one unit, or with packing as many as fit into `documents` times as many tokens. Its weight
-    is the number of its units. Under `truncate_left` both documents of a pair lose as much, and only
-    of their prompt; a unit that would lose its prompt or an answer is dropped
+    documents: of a unit, 2 for pairs. mismatched: behind each judged answer its prompt with another one's
+    (`mismatched.py`), which is a second document of the unit. Each document has at most `cut.max_length`
+    tokens; a sample holds one unit, or with packing as many as fit into as many times as many tokens as a
+    unit has documents. Its weight is the number of its units. Under `truncate_left` both documents of a
+    pair lose as much, and only of their prompt; a unit that would lose its prompt or an answer is dropped
     (`cut_to_nothing`). Raises RecipeError where a unit is too long under `error`.
     """
     parts = [Documents(source.folder) for source in sources]
-    key = samples_key(f"preferences of {documents}", sources, cut, share)
+    kind = f"preferences of {documents}" + (" with mismatched answers" if mismatched else "")
+    key = samples_key(kind, sources, cut, share)
 
     def prepare(folder: Path) -> dict[str, Any]:
-        return _Plan(sources, parts, cut, documents).write(folder, share)
+        return _Plan(sources, parts, cut, documents, mismatched).write(folder, share)
 
     entry = cache.obtain(
         store.root / "samples", key, prepare, missing_ok=store.missing_ok, what="the packed data"
     )
-    made = PairSamples if documents == 2 else UnpairedSamples
+    made: type[DocumentSamples] = PairSamples if documents == 2 else UnpairedSamples
+    made = MismatchedSamples if mismatched else made
     return Prepared(made(entry, parts), cache.facts(entry))
 
 
@@ -114,7 +153,9 @@ class _Plan:
         parts: Sequence[Documents],
         cut: Cut,
         documents: int,
+        mismatched: bool = False,
     ) -> None:
+        self.mismatched = mismatched
         self.sources = sources
         self.parts = parts
         self.cut = cut
@@ -129,21 +170,29 @@ class _Plan:
         size = len(self.lengths) // self.documents
         chosen = _members(share_of(size, share, self.cut.seed), self.documents)
         units, found = self._kept(chosen)
-        sizes = units.length.reshape(-1, self.documents).sum(axis=1)
-        capacity = self.documents * self.cut.max_length
+        laid, each, cut_answers = units, self.documents, 0
+        if self.mismatched:
+            laid, cut_answers = with_mismatched(
+                units, self.prompts[units.document], max_length=self.cut.max_length
+            )
+            each = PIECES
+        sizes = laid.length.reshape(-1, each).sum(axis=1)
+        capacity = (self.documents + self.mismatched) * self.cut.max_length
         if self.cut.pack:
             order, bounds = packing.grouped(packing.best_fit(sizes, capacity=capacity))
         else:
             order, bounds = np.arange(len(sizes)), np.arange(len(sizes) + 1)
+        laid = laid.take(_members(order, each))
+        first = np.arange(len(laid)) % each == 0
+        write_plan(folder, laid, bounds * each, first.astype(np.int64))
         pieces = units.take(_members(order, self.documents))
-        first = np.arange(len(pieces)) % self.documents == 0
-        write_plan(folder, pieces, bounds * self.documents, first.astype(np.int64))
         trained = trained_counts(self.parts, pieces)
         add_source_counts(found, self.parts, chosen, pieces, trained)
-        tokens, count = int(pieces.length.sum()), len(bounds) - 1
+        tokens, count = int(laid.length.sum()), len(bounds) - 1
         return {
             **{name: sum(one[name] for one in found) for name in (*COUNTS, "bad")},
             **self._labels(pieces),
+            **({"mismatched_cut": cut_answers} if self.mismatched else {}),
             "duplicates": duplicates(self.parts, chosen),
             "samples": count,
             "tokens": tokens,

@@ -7,6 +7,7 @@ knows them, and `train` where a message says itself what of it is trained.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -20,8 +21,8 @@ if TYPE_CHECKING:
     from arctic_like.data.base import Shape, SourceConfig
 
 __all__ = [
-    "Message", "Pair", "RowError", "Unpaired", "conversation", "pair", "text", "tokens", "tools",
-    "unpaired",
+    "Message", "Pair", "RowError", "Unpaired", "conversation", "margin", "pair", "text", "tokens",
+    "tools", "unpaired",
 ]  # fmt: skip
 
 _CONVERSATIONS: list[tuple[Shape, tuple[str, ...]]] = [
@@ -244,6 +245,15 @@ def pair(row: dict[str, Any], config: SourceConfig) -> Pair:
         _checked_answer(chosen, "chosen"),
         _checked_answer(rejected, "rejected"),
     )
+
+
+def margin(row: dict[str, Any], config: SourceConfig) -> float:
+    """By how much the chosen answer was judged better: the column `margin`. Raises RowError."""
+    value = _stated(row, "margin", config)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise RowError(f"has {kind(value)} in 'margin'; expected is a finite number",
+                       hint="set data.margin to false, or give every pair its margin")  # fmt: skip
+    return float(value)
 
 
 _MAP_PROMPT = "add the column `prompt`, or map it with `role_mapping: {prompt: …}`"

@@ -13,6 +13,8 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "orpo": "arctic_like.trainer.orpo:ORPOTrainer",
         "simpo": "arctic_like.trainer.simpo:SimPOTrainer",
         "cpo": "arctic_like.trainer.cpo:CPOTrainer",
+        "kto": "arctic_like.trainer.kto:KTOTrainer",
+        "reward": "arctic_like.trainer.reward:RewardTrainer",
         "gan": "arctic_like.trainer.gan:GANTrainer",
         "distill": "arctic_like.trainer.distill:DistillTrainer",
         "supervised": "arctic_like.trainer.supervised:SupervisedTrainer",
@@ -54,6 +56,8 @@ BUILT_IN: dict[str, dict[str, str]] = {
     "model": {
         "huggingface": "arctic_like.model.huggingface:HFModelFactory",
         "liger": "arctic_like.model.liger:LigerModelFactory",
+        "scoring": "arctic_like.model.scoring:ScoringModelFactory",
+        "token_scoring": "arctic_like.model.scoring:TokenScoringModelFactory",
         "torch": "arctic_like.model.any_torch:TorchModelFactory",
     },
     "tokenizer": {

@@ -1,0 +1,251 @@
+"""Models of transformers with a linear head over hidden states: scores of documents and of tokens.
+
+They are transformers' own classes (`AutoModelForSequenceClassification`, `AutoModelForTokenClassification`),
+so that an export loads there. Called in training, both give `logits` at every token, (rows, length,
+num_labels): transformers would pool one score a row, and a packed row holds several documents.
+`document_scores` takes those at documents' last tokens.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+from pydantic import Field, model_validator
+
+from arctic_like.config.base import wrong
+from arctic_like.config.values import HumanInt
+from arctic_like.errors import Problem, RecipeError
+from arctic_like.model.huggingface import HFModelConfig, HFModelFactory
+from arctic_like.model.initial import initialise
+from arctic_like.model.loading import _missing, _partitioned, zero3_for_transformers
+from arctic_like.model.randomness import seed_by_name, untouched_randomness
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from arctic_like.world import World
+
+
+class ScoringModelConfig(HFModelConfig):
+    """A model that scores documents: the head's output at the last token."""
+
+    type: str = "scoring"
+
+    num_labels: HumanInt = Field(default=1, ge=1)
+    """Scores of a document; 1 for rewards."""
+
+    @model_validator(mode="after")
+    def _no_adapter(self) -> Self:
+        for key in ("peft_config", "adapter", "quantization"):
+            if getattr(self, key) is not None:
+                raise wrong("is not built for models that score", place=key,
+                            hint="leave it out: the whole model is trained")  # fmt: skip
+        return self
+
+
+class TokenScoringModelConfig(ScoringModelConfig):
+    """A model that scores tokens: the head's output at each of them."""
+
+    type: str = "token_scoring"
+
+    num_labels: HumanInt = Field(default=2, ge=1)
+    """Scores of a token; 2 for steps that are wrong or right."""
+
+
+class ScoringModelFactory(HFModelFactory):
+    """A model of transformers that scores documents, pretrained or with random weights."""
+
+    name = "scoring"
+    config_type = ScoringModelConfig
+    config: ScoringModelConfig
+    auto_class: ClassVar[str] = "AutoModelForSequenceClassification"
+
+    def create_config(self, tokenizer: PreTrainedTokenizerBase | None) -> PretrainedConfig:
+        """See `HFModelFactory.create_config`."""
+        config = super().create_config(tokenizer)
+        config.num_labels = self.config.num_labels
+        return config
+
+    def build(
+        self, *, tokenizer: PreTrainedTokenizerBase, seed: int, world: World, device: str,
+        zero_stage: int, ds_config: dict[str, Any],
+    ) -> nn.Module:  # fmt: skip
+        """See `HFModelFactory.build`; the model's `logits` are those of every token."""
+        model = super().build(
+            tokenizer=tokenizer, seed=seed, world=world, device=device, zero_stage=zero_stage,
+            ds_config=ds_config,
+        )  # fmt: skip
+        score_every_token(model)
+        return model
+
+    def for_weights(self, *, tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> nn.Module:
+        """See `HFModelFactory.for_weights`; the model's `logits` are transformers' own."""
+        from arctic_like.model.hf_config import set_generation
+
+        model = self._made(self.create_config(tokenizer), zero=None)
+        model.generation_config = None
+        set_generation(model, tokenizer)
+        ready: nn.Module = model
+        return ready
+
+    def create_model(
+        self, config: PretrainedConfig, *, seed: int, world: World, zero: dict[str, Any] | None
+    ) -> PreTrainedModel:
+        """The model with its initial weights; a head that a checkpoint does not bring is drawn."""
+        missing: list[str] = []
+        try:
+            if self.config.config is not None:
+                model = self._made(config, zero=zero)
+                initialise(model, seed=seed)
+            else:
+                model, missing = self._loaded(config, seed=seed, zero=zero)
+        except (OSError, ValueError, ImportError, RuntimeError) as error:
+            raise RecipeError(self._not_buildable(error)) from error
+        if missing and world.is_main:
+            from loguru import logger
+
+            logger.info(
+                f"{self.config.name_or_path} has no values for {', '.join(missing)}: "
+                "they start from random weights"
+            )
+        model.generation_config = None  # which a model that generates nothing does not have
+        return model
+
+    def _made(self, config: PretrainedConfig, *, zero: dict[str, Any] | None) -> PreTrainedModel:
+        """The model without weights of meaning."""
+        from transformers.initialization import no_init_weights
+
+        with untouched_randomness(), ExitStack() as stack:
+            seed_by_name(0, "")
+            stack.enter_context(no_init_weights())
+            if zero is not None:
+                stack.enter_context(_partitioned(zero))
+            model: PreTrainedModel = self._auto().from_config(config, **self._options())
+        model.tie_weights()
+        return model
+
+    def _loaded(
+        self, config: PretrainedConfig, *, seed: int, zero: dict[str, Any] | None
+    ) -> tuple[PreTrainedModel, list[str]]:
+        """(the model with a checkpoint's weights, the names of those that it did not bring)."""
+        with untouched_randomness(), ExitStack() as stack:
+            seed_by_name(seed, "")
+            if zero is not None:
+                stack.enter_context(zero3_for_transformers(zero))
+            model, info = self._auto().from_pretrained(
+                self.config.name_or_path, config=config, revision=self.config.revision,
+                output_loading_info=True, **self._options(),
+            )  # fmt: skip
+        missing = _missing(model, info)
+        if missing:
+            initialise(model, seed=seed, names=missing)
+        return model, missing
+
+    def _auto(self) -> Any:
+        import transformers
+
+        return getattr(transformers, self.auto_class)
+
+
+class TokenScoringModelFactory(ScoringModelFactory):
+    """A model of transformers that scores tokens, pretrained or with random weights."""
+
+    name = "token_scoring"
+    config_type = TokenScoringModelConfig
+    auto_class = "AutoModelForTokenClassification"
+
+    def create_config(self, tokenizer: PreTrainedTokenizerBase | None) -> PretrainedConfig:
+        """See `ScoringModelFactory.create_config`. Without dropout in front of the head, which
+        transformers would otherwise set to 0.1, unless the model's config states one."""
+        config = super().create_config(tokenizer)
+        if getattr(config, "classifier_dropout", None) is None:
+            config.classifier_dropout = 0.0
+        return config
+
+
+def head_of(model: PreTrainedModel) -> nn.Module:
+    """The layer that makes scores of hidden states: the one beside the body with `num_labels` outputs.
+    Raises RecipeError where there is not one such."""
+    from torch import nn
+
+    found = [
+        part
+        for name, part in model.named_children()
+        if name != model.base_model_prefix
+        and isinstance(part, nn.Linear)
+        and part.out_features == model.config.num_labels
+    ]
+    if len(found) != 1:
+        raise RecipeError(
+            Problem(
+                f"{type(model).__name__} has {len(found)} linear layers with "
+                f"{model.config.num_labels} outputs beside its body; expected is one, its head",
+                place="model",
+                hint="name a decoder, such as a llama, qwen3 or gpt2 model",
+            )
+        )
+    return found[0]
+
+
+def score_every_token(model: PreTrainedModel) -> None:
+    """Let the model's `logits` be its head's output at every token. Raises RecipeError as `head_of`.
+
+    The output is taken from the head itself in each forward, behind all hooks that it then has: at ZeRO-3
+    those gather the head's weight for the backward.
+    """
+    taking = _EveryToken(head_of(model))
+    model.register_forward_pre_hook(taking.begin)
+    model.register_forward_hook(taking.end)
+
+
+class _EveryToken:
+    """Hooks of a model that put its head's output in the place of its pooled logits."""
+
+    def __init__(self, head: nn.Module) -> None:
+        self.head = head
+        self._handle: Any = None
+        self._scores: list[Tensor] = []
+        self._lent_padding = False
+
+    def begin(self, model: Any, _: Any) -> None:
+        self._let_go()  # of a forward that failed
+        self._handle = self.head.register_forward_hook(self._keep)
+        text = model.config.get_text_config()
+        if text.pad_token_id is None:
+            # else transformers refuses to pool several rows; what it pools is not looked at
+            text.pad_token_id, self._lent_padding = -1, True
+
+    def end(self, model: Any, _: Any, output: Any) -> Any:
+        if self._lent_padding:
+            model.config.get_text_config().pad_token_id, self._lent_padding = None, False
+        (output.logits,) = self._scores
+        self._let_go()
+        return output
+
+    def _keep(self, _: Any, __: Any, output: Tensor) -> None:
+        self._scores.append(output)
+
+    def _let_go(self) -> None:
+        if self._handle is not None:
+            self._handle.remove()
+        self._handle, self._scores = None, []
+
+
+def document_scores(scores: Tensor, segment_ids: Tensor, *, documents: int) -> Tensor:
+    """The scores at the last token of every document, (documents, num_labels) in at least float32.
+
+    scores: (rows, length, num_labels). segment_ids: (rows, length) int64, the document's number in its row,
+    -1 in padding. documents: how many the batch has; they are counted row by row.
+    """
+    import torch
+    import torch.nn.functional as F
+
+    following = F.pad(segment_ids[:, 1:], (0, 1), value=-1)
+    ends = ((segment_ids >= 0) & (segment_ids != following)).flatten().cumsum(0)
+    wanted = torch.arange(1, documents + 1, device=ends.device)
+    # the k-th end is the first place by which k were counted; the host does not wait for the device
+    places = torch.searchsorted(ends, wanted)
+    wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    return wide.flatten(0, 1)[places]
