@@ -26,6 +26,8 @@ VERBS = {
     "export": ("arctic_like.cli.export:command", "Write a run's model for other programs to load."),
     "merge": ("arctic_like.cli.merge:command", "Merge an adapter into its base."),
     "chat": ("arctic_like.cli.chat:command", "Talk to a run's model."),
+    "generate": ("arctic_like.cli.generate:command", "Answer a file of prompts."),
+    "evaluate": ("arctic_like.cli.evaluate:command", "Measure a model on a recipe's data."),
 }
 """Verb → where its click command is, and its line in the help."""
 
