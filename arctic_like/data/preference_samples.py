@@ -104,6 +104,14 @@ class MismatchedSamples(UnpairedSamples):
         sample["desirable"] = np.repeat(of_units, lengths.reshape(-1, PIECES).sum(axis=1))
         return sample
 
+    def places(self, index: int) -> list[str]:
+        """Where each judged answer comes from, and each prompt with its other answer."""
+        found = []
+        for judged in self._bounds(index)[::PIECES]:
+            prompt, other = self._place(judged), self._place(judged + 2)
+            found += [prompt, f"{prompt} + {other}"]
+        return found
+
     def sample_id(self, index: int) -> str:
         """Places of the sample's first judged answers: "train.jsonl:17, train.jsonl:4 … +5"."""
         judged = self._bounds(index)[::PIECES]

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from arctic_like.data.base import Shape, SourceConfig
 
 __all__ = [
-    "Message", "Pair", "RowError", "Unpaired", "conversation", "margin", "pair", "text", "tokens",
-    "tools", "unpaired",
+    "Message", "Pair", "RowError", "Steps", "Unpaired", "conversation", "margin", "pair", "stepwise",
+    "text", "tokens", "tools", "unpaired",
 ]  # fmt: skip
 
 _CONVERSATIONS: list[tuple[Shape, tuple[str, ...]]] = [
@@ -58,6 +58,16 @@ class Unpaired:
 
     messages: list[Message]
     label: bool
+
+
+@dataclass(frozen=True)
+class Steps:
+    """A solution in steps. prompt: text, or a conversation that ends before the solution. labels: of each
+    step, whether it is right."""
+
+    prompt: str | list[Message]
+    steps: list[str]
+    labels: list[bool]
 
 
 def conversation(row: dict[str, Any], config: SourceConfig) -> list[Message]:
@@ -245,6 +255,35 @@ def pair(row: dict[str, Any], config: SourceConfig) -> Pair:
         _checked_answer(chosen, "chosen"),
         _checked_answer(rejected, "rejected"),
     )
+
+
+def stepwise(row: dict[str, Any], config: SourceConfig) -> Steps:
+    """The solution of a row: `prompt`, `completions` (its steps) and `labels`. Raises RowError."""
+    if config.shape != "auto":
+        raise RowError(f"is read as `shape: {config.shape}`, which has no steps",
+                       hint="leave `shape` out")  # fmt: skip
+    missing = [name for name in ("prompt", "completions", "labels")
+               if name not in row and name not in config.role_mapping]  # fmt: skip
+    if missing:
+        raise RowError(
+            f"has the columns {names(row)}; expected is `prompt`, `completions`, `labels`",
+            hint=f"say which they are: `role_mapping: {{{missing[0]}: …}}`",
+        )
+    steps, labels = (_stated(row, name, config) for name in ("completions", "labels"))
+    if not isinstance(steps, list) or not steps or any(type(one) is not str for one in steps):
+        raise RowError(
+            f"has {kind(steps)} in 'completions'; expected is a list of texts, the steps"
+        )
+    if not isinstance(labels, list) or any(one not in (True, False) for one in labels):
+        raise RowError(f"has {kind(labels)} in 'labels'; expected is a list of true and false")
+    if len(steps) != len(labels):
+        raise RowError(
+            f"has {len(steps)} steps and {len(labels)} labels; expected is one for each step"
+        )
+    prompt = _stated(row, "prompt", config)
+    if not isinstance(prompt, str):
+        prompt = checked(_prompt(row, config))
+    return Steps(prompt, steps, [bool(one) for one in labels])
 
 
 def margin(row: dict[str, Any], config: SourceConfig) -> float:

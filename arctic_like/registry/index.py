@@ -15,6 +15,7 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "cpo": "arctic_like.trainer.cpo:CPOTrainer",
         "kto": "arctic_like.trainer.kto:KTOTrainer",
         "reward": "arctic_like.trainer.reward:RewardTrainer",
+        "process_reward": "arctic_like.trainer.process_reward:ProcessRewardTrainer",
         "gan": "arctic_like.trainer.gan:GANTrainer",
         "distill": "arctic_like.trainer.distill:DistillTrainer",
         "supervised": "arctic_like.trainer.supervised:SupervisedTrainer",
@@ -40,6 +41,7 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "causal": "arctic_like.data.factory:CausalDataFactory",
         "dpo": "arctic_like.data.preference:DPODataFactory",
         "kto": "arctic_like.data.preference:KTODataFactory",
+        "stepwise": "arctic_like.data.stepwise:StepwiseDataFactory",
         "torch": "arctic_like.data.any_torch:TorchDataFactory",
     },
     "source": {

@@ -6,12 +6,14 @@ import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from arctic_like import load_recipe
 from arctic_like.errors import RecipeError
 from arctic_like.model.scoring import document_scores
+from arctic_like.tokenizer.byte import byte_tokenizer
 from tests.integration.tools import MODEL, recipe, train_lines, write_recipe
 from tests.methods.runs import (
     DIVISIONS,
@@ -70,6 +72,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     short = {"data__margin": False, "train_iters": 1, "eval_interval": 1}
     short = reward(whole, data, **short, checkpoint=exporting)
     jobs.add("no-margins", short)
+    marked = write_rows(folder / "solutions.jsonl", solutions(11, seed=0))
+    write_rows(folder / "eval-solutions.jsonl", solutions(5, seed=1))
+    jobs.add_divisions("process", process(whole, marked))
     jobs.drive()
     return folder
 
@@ -200,3 +205,98 @@ def test_a_margin_that_is_no_number_is_named(tmp_path: Path, margin: Any) -> Non
     with pytest.raises(RecipeError, match=r"pairs\.jsonl:2.*'margin'") as caught:
         samples_of(reward(whole, data), tmp_path)
     assert "data.margin" in str(caught.value)
+
+
+# Steps ----------------------------------------------------------------------------------------------
+
+TOKEN_SCORING = {**SCORING, "type": "token_scoring"}
+
+
+def solutions(count: int, *, seed: int) -> list[dict[str, Any]]:
+    """Solutions of one to four steps; the right ones end in ok."""
+    draw = random.Random(seed)
+    rows = []
+    for number in range(count):
+        labels = [draw.random() < 0.6 for _ in range(draw.randint(1, 4))]
+        steps = [words(draw, 3) + (" ok" if right else "") for right in labels]
+        rows.append({"prompt": f"{number}?", "completions": steps, "labels": labels})
+    return rows
+
+
+def process(make: Any, data: Path, **changes: Any) -> dict[str, Any]:
+    own = {"type": "process_reward", "model": TOKEN_SCORING, "data__type": "stepwise"}
+    made: dict[str, Any] = make(data, **{**own, **changes})
+    return made
+
+
+@pytest.mark.parametrize("division", DIVISIONS)
+def test_a_step_of_steps_is_the_same_however_it_is_divided(runs: Path, division: str) -> None:
+    one, other = runs / "process-whole", runs / f"process-{division}"
+    assert train_lines(one)[0]["steps"] == sum(len(row["labels"]) for row in solutions(11, seed=0))
+    for key in ("loss", "grad_norm", "eval/loss", "accuracy"):
+        assert len(series(one, key)) > 1
+        assert series(other, key) == pytest.approx(series(one, key), rel=1e-5), key
+
+
+def test_steps_are_judged_at_their_last_tokens(runs: Path) -> None:
+    """The first loss is the mean cross-entropy of transformers' own model, solution by solution."""
+    made = process(whole, runs / "solutions.jsonl")
+    model, losses = initial_model(made, runs).eval(), []
+    for row in solutions(11, seed=0):
+        text, ends = row["prompt"].encode(), []
+        for step in row["completions"]:
+            text += step.encode() + b"\n"
+            ends.append(len(text) - 1)
+        with torch.no_grad():
+            logits = model(torch.tensor([list(text)])).logits[0, ends].double()
+        labels = torch.tensor(row["labels"]).long()
+        losses += (-logits.log_softmax(-1)[torch.arange(len(labels)), labels]).tolist()
+    expected = sum(losses) / len(losses)
+    assert series(runs / "process-whole", "loss")[0] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("last_only", [False, True])
+def test_labels_are_marks_of_steps(tmp_path: Path, last_only: bool) -> None:
+    rows = solutions(6, seed=5)
+    rows[0]["prompt"] = [{"role": "user", "content": "why?"}]
+    data = write_rows(tmp_path / "solutions.jsonl", rows)
+    write_rows(tmp_path / "eval-solutions.jsonl", rows[:1])
+    own = {"data__step_separator": " ;", "data__train_on_last_step_only": last_only}
+    samples, tokenizer = samples_of(process(whole, data, **own), tmp_path), byte_tokenizer()
+    assert len(samples) == 6
+    for number, row in enumerate(rows):
+        sample = samples[number]
+        prompt = "<|user|>why?<|end|><|assistant|>" if number == 0 else row["prompt"]
+        text = prompt + "".join(step + " ;" for step in row["completions"])
+        assert tokenizer.decode(sample["input_ids"]) == text
+        where = np.flatnonzero(sample["labels"] != -100)
+        marks = [bool(mark) for mark in sample["labels"][where]]
+        expected = row["labels"][-1:] if last_only else row["labels"]
+        assert (marks, samples.weights[number]) == (expected, len(expected))
+        before = [tokenizer.decode(sample["input_ids"][: end + 1]) for end in where]
+        ends = [
+            prompt + "".join(step + " ;" for step in row["completions"][: n + 1])
+            for n in range(len(row["labels"]))
+        ]
+        assert before == (ends[-1:] if last_only else ends)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"labels": [True]}, "2 steps and 1 labels"),
+        ({"labels": [True, "no"]}, "'labels'"),
+        ({"completions": []}, "'completions'"),
+        ({"prompt": ""}, "prompt without a token"),
+    ],
+)
+def test_rows_that_are_no_steps_are_named(
+    tmp_path: Path, change: dict[str, Any], said: str
+) -> None:
+    good = {"prompt": "1?", "completions": ["a", "b"], "labels": [True, False]}
+    data = write_rows(tmp_path / "solutions.jsonl", [good, {**good, **change}])
+    write_rows(tmp_path / "eval-solutions.jsonl", [good])
+    with pytest.raises(RecipeError) as caught:
+        samples_of(process(whole, data), tmp_path)
+    assert "solutions.jsonl:2" in str(caught.value)
+    assert said in str(caught.value)
