@@ -91,7 +91,9 @@ class CoupledTrainer(Trainer):
         from arctic_like.engine.random_state import random_state, set_random_state
 
         begin = random_state()
-        shares, whole = self._derivatives(self._look(micro_batches))
+        shares, whole, first = self._derivatives(self._look(micro_batches))
+        weighed = [index for index, micro in enumerate(micro_batches) if micro.weight]
+        bringer = weighed[0] if first and weighed else None
 
         def share(batch: Any) -> Loss:
             index = self.session.micro_batch
@@ -99,11 +101,8 @@ class CoupledTrainer(Trainer):
                 set_random_state(begin)
             rows, weight = self.represent(batch), micro_batches[index].weight
             part_of_step = weight / self.session.step_weight
-            # sums over the whole batch: each micro-batch brings its part, so that they add up to it
-            groups = {
-                name: (_double(total) * part_of_step, _double(over) * part_of_step)
-                for name, (total, over) in whole.groups.items()
-            }
+            # sums over the whole batch, which one micro-batch of all ranks brings
+            groups = whole.groups if index == bringer else dict.fromkeys(whole.groups, (0.0, 0.0))
             if not weight:
                 return Loss((rows * 0).sum(), values=whole.values, groups=groups)
             # the trainer scales by weight / total; the derivative is already that of the whole mean
@@ -136,8 +135,9 @@ class CoupledTrainer(Trainer):
                 seen.append((rows[:count], None if facts is None else facts[:count]))
         return seen
 
-    def _derivatives(self, seen: Sequence[Seen]) -> tuple[list[Tensor], Loss]:
-        """(of each micro-batch: derivative of the loss by its rows, the loss over all rows)."""
+    def _derivatives(self, seen: Sequence[Seen]) -> tuple[list[Tensor], Loss, bool]:
+        """(of each micro-batch: derivative of the loss by its rows; the loss over all rows; whether this
+        is the first rank that has any)."""
         import torch
 
         mine = torch.cat([rows for rows, _ in seen])
@@ -152,7 +152,8 @@ class CoupledTrainer(Trainer):
         own = derivative[start : start + len(mine)]
         values = {name: torch.as_tensor(value).detach() for name, value in whole.values.items()}
         shares = list(torch.split(own, [len(rows) for rows, _ in seen]))
-        return shares, Loss(whole.mean.detach(), values=values, groups=whole.groups)
+        loss = Loss(whole.mean.detach(), values=values, groups=whole.groups)
+        return shares, loss, start == 0 < len(mine)
 
     def _all_rows(self, rows: Tensor) -> list[Tensor]:
         """Every rank's rows, by rank."""
@@ -180,12 +181,6 @@ class CoupledTrainer(Trainer):
             torch.cat([rows for rows, _ in everyone]), torch.cat(facts) if facts else None
         )
         return {"": float(found.mean)}
-
-
-def _double(value: Tensor | float) -> Tensor:
-    import torch
-
-    return torch.as_tensor(value).detach().double()
 
 
 class _WholeSet:

@@ -51,9 +51,19 @@ def write_pairs(path: Path, *, count: int, seed: int = 0) -> Path:
     return path
 
 
+def write_data(folder: Path) -> Path:
+    """Two files to train on and one to measure; the path of the first."""
+    write_pairs(folder / "more.jsonl", count=4, seed=2)
+    write_pairs(folder / "eval.jsonl", count=3, seed=1)
+    return write_pairs(folder / "pairs.jsonl", count=7)
+
+
 def content(data: Path, method: str, **changes: Any) -> dict[str, Any]:
-    """A run whose every step has all pairs, so that packing changes no global batch."""
+    """A run whose every step has all pairs, so that packing changes no global batch; `aot` has two
+    sources."""
+    more = [str(data.with_name("more.jsonl"))] if method == "aot" else []
     own = {
+        "data__sources": [str(data), *more],
         **METHODS[method], "data__type": "dpo", "data__max_length": 96, "data__pack_samples": False,
         "data__eval_sources": [str(data.with_name("eval.jsonl"))], "eval_interval": 1, "beta": 0.5,
         "global_batch_size": 64, "micro_batch_size": 4, "train_iters": 3,
@@ -78,8 +88,7 @@ def resumable(data: Path, method: str, **changes: Any) -> dict[str, Any]:
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One launch of one rank and one of two, for all runs."""
     folder = tmp_path_factory.mktemp("preferences")
-    data = write_pairs(folder / "pairs.jsonl", count=7)
-    write_pairs(folder / "eval.jsonl", count=3, seed=1)
+    data = write_data(folder)
     jobs: dict[int, list[dict[str, Any]]] = {1: [], 2: []}
 
     def add(name: str, made: dict[str, Any], *, ranks: int = 1, **more: Any) -> None:
@@ -150,10 +159,17 @@ def test_a_step_is_the_same_however_it_is_divided(runs: Path, method: str, divis
         expected = series(one, key)
         assert len(expected) > 1
         assert series(other, key) == pytest.approx(expected, rel=1e-5), key
-    for key in (
-        k for line in lines(one) for k in line if "rewards/" in k or "logps/" in k or "kl" in k
-    ):
+    shown = {key for line in lines(one) for key in line if "/" in key or key == "kl"}
+    assert len(shown) > 10
+    for key in shown:
         assert series(other, key) == pytest.approx(series(one, key), rel=1e-4, abs=1e-6), key
+
+
+def test_each_source_has_its_loss_and_its_pairs(runs: Path) -> None:
+    for line in train_lines(runs / "aot-two"):
+        assert (line["pairs/pairs.jsonl"], line["pairs/more.jsonl"]) == (7, 4)
+        mean = (7 * line["loss/pairs.jsonl"] + 4 * line["loss/more.jsonl"]) / 11
+        assert mean == pytest.approx(line["loss"], rel=1e-6)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -217,8 +233,7 @@ def test_a_reference_is_in_no_checkpoint(runs: Path) -> None:
 
 @pytest.mark.full
 def test_a_killed_run_is_the_run_that_was_never_killed(tmp_path: Path) -> None:
-    data = write_pairs(tmp_path / "pairs.jsonl", count=11)
-    write_pairs(tmp_path / "eval.jsonl", count=5, seed=1)
+    data = write_data(tmp_path)
     made = resumable(data, "aot", precompute_reference=True)
     made["checkpoint"][0] |= {"auto_resume": True, "save_every_n_steps": 2}
     path = write_recipe(tmp_path / "recipe.yaml", made)
