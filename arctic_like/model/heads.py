@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from arctic_like.errors import RunError
 from arctic_like.kernels.tiles import Head, Logits
-from arctic_like.model.isolation import packed_inputs
+from arctic_like.model.isolation import evaluating, packed_inputs
 from arctic_like.model.randomness import untouched_randomness
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def find_head(model: Any, *, device: str) -> Search:
     found = _linear(model)
     if isinstance(found, str):
         return Search(reason=found)
-    with _evaluating(model), untouched_randomness(), _no_grad():
+    with evaluating(model), untouched_randomness(), _no_grad():
         return _measured(model, found, device)
 
 
@@ -239,14 +239,3 @@ def _no_grad() -> torch.no_grad:
     import torch
 
     return torch.no_grad()
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = {part: part.training for part in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for part, training in modes.items():
-            part.training = training

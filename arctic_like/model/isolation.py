@@ -184,7 +184,7 @@ def _leak(model: nn.Module, *, vocab_size: int, device: str, rows: int) -> float
     changed = torch.where(places < border, (tokens + vocab_size // 2) % vocab_size, tokens)
     packed = torch.where(places < border, places, places - border)
     after = (places >= border).to(device)
-    with _evaluating(model), untouched_randomness(), torch.no_grad():
+    with evaluating(model), untouched_randomness(), torch.no_grad():
 
         def logits(ids: Tensor, positions: Tensor) -> Tensor:
             output = model(**packed_inputs(model, ids.to(device), positions.to(device))).logits
@@ -200,7 +200,8 @@ def _leak(model: nn.Module, *, vocab_size: int, device: str, rows: int) -> float
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside, every part of the model is in eval mode; afterwards each is as it was."""
     modes = {part: part.training for part in model.modules()}
     model.eval()
     try:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from arctic_like.loss import Loss
@@ -10,6 +12,12 @@ from arctic_like.trainer.config import TrainerConfig
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from arctic_like.kernels.tiles import Head
+    from arctic_like.model.heads import LinearHead
+
+PLACES = "trained_places"
+"""In a batch on a GPU: where `next_tokens` of its labels are trained, as the host found it."""
 
 
 class CausalConfig(TrainerConfig):
@@ -30,16 +38,71 @@ class CausalTrainer(Trainer):
     def loss(self, batch: dict[str, Tensor]) -> Tensor | Loss:
         """Mean over `weight(batch)` trained labels of -log p(next token); where the batch says which
         source each token is from, also each source's own (`loss/<source>`)."""
-        from arctic_like.trainer.losses import mean_loss, source_losses, token_losses
+        from arctic_like.trainer.losses import source_losses
 
         labels, source_ids = batch["labels"], batch.get("source_ids")
-        losses = token_losses(self.logits(batch), labels)
-        mean = mean_loss(losses, labels)
+        mean, losses = self._mean_and_losses(batch)
         if source_ids is None:
             return mean
         sources = self.equipment.data.sources
         groups = source_losses(losses, labels, source_ids, sources)
         return Loss(mean, groups={f"loss/{name}": pair for name, pair in groups.items()})
+
+    def _mean_and_losses(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """(mean over trained labels, with gradient; the tokens' losses, (batch, length - 1)).
+
+        Through the head by itself, whose full logits then never exist, where that is known to be exact.
+        """
+        from arctic_like.trainer.losses import mean_loss, token_losses
+
+        labels = batch["labels"]
+        if self._head is None:
+            losses = token_losses(self.logits(batch), labels)
+            return mean_loss(losses, labels), losses
+        from arctic_like.kernels.linear_loss import IGNORE, linear_cross_entropy_sum, next_tokens
+        from arctic_like.model.heads import through_head
+
+        targets = next_tokens(labels)
+
+        def compute(hidden: Tensor, head: Head) -> tuple[Tensor, ...]:
+            found = linear_cross_entropy_sum(
+                hidden, head.weight, targets, bias=head.bias, softcap=head.softcap,
+                scale=head.scale, places=batch.get(PLACES),
+            )  # fmt: skip
+            return found.total, found.losses
+
+        inputs = self.model_inputs(batch)
+        total, losses = through_head(self._head, lambda: self.model(**inputs), compute)
+        count = (targets != IGNORE).sum().clamp(min=1)
+        return total / count, losses.view(labels.shape)[:, :-1]
+
+    @cached_property
+    def _head(self) -> LinearHead | None:
+        """The model's head; None where it cannot be called by itself, or `logits` is a subclass's own.
+
+        Found at the first loss, which all ranks compute together.
+        """
+        from loguru import logger
+
+        from arctic_like.model.heads import find_head
+
+        if type(self).logits is not CausalTrainer.logits or "logits" in vars(self):
+            return None
+        found = find_head(self.module, device=self.device)
+        if found.head is None:
+            logger.info(f"the loss takes the model's full logits: {found.reason}")
+        return found.head
+
+    def to_device(self, batch: Any) -> Any:
+        """Nested tensors moved to the device. On a GPU a batch also says where its targets are trained, found
+        here, on the host: the head would have to wait for the device to know how many there are."""
+        known = isinstance(batch, Mapping) and {"input_ids", "labels"} <= batch.keys()
+        if known and self.device != "cpu":
+            from arctic_like.kernels.linear_loss import IGNORE, next_tokens
+
+            trained = next_tokens(batch["labels"]) != IGNORE
+            batch = {**batch, PLACES: trained.nonzero().squeeze(1)}
+        return super().to_device(batch)
 
     def logits(self, batch: dict[str, Tensor]) -> Tensor:
         """The model's logits of a batch, (batch, length, vocabulary), in the model's dtype.

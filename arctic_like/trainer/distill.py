@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import Field
@@ -9,11 +10,14 @@ from pydantic import Field
 from arctic_like.config.values import HumanFloat
 from arctic_like.errors import Problem, RecipeError
 from arctic_like.loss import Loss
-from arctic_like.trainer.causal import CausalTrainer
+from arctic_like.trainer.causal import PLACES, CausalTrainer
 from arctic_like.trainer.config import LearnerConfig, TrainerConfig
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from arctic_like.kernels.tiles import Head
+    from arctic_like.model.heads import LinearHead
 
 TEACHER = "teacher"
 
@@ -65,6 +69,8 @@ class DistillTrainer(CausalTrainer):
 
     def loss(self, batch: dict[str, Tensor]) -> Loss:
         """The mean over trained tokens; `cross_entropy` and `kl` are logged."""
+        if self._head is not None and self._teacher_head is not None:
+            return self._tiled_loss(batch, self._head, self._teacher_head)
         import torch
         import torch.nn.functional as F
 
@@ -87,6 +93,44 @@ class DistillTrainer(CausalTrainer):
             (1 - share) * cross_entropy + share * heat**2 * divergence,
             values={"cross_entropy": cross_entropy.detach(), "kl": divergence.detach()},
         )
+
+    def _tiled_loss(
+        self, batch: dict[str, Tensor], head: LinearHead, teacher_head: LinearHead
+    ) -> Loss:
+        """The same without the full logits of either."""
+        import torch
+
+        from arctic_like.kernels.linear_loss import IGNORE, linear_distillation, next_tokens
+        from arctic_like.model.heads import gathered, through_head
+        from arctic_like.model.isolation import packed_inputs
+
+        engine = self.learner(TEACHER).engine
+        inputs = packed_inputs(engine.module, batch["input_ids"], batch["position_ids"])
+        with torch.no_grad():
+            (softened,) = through_head(teacher_head, lambda: engine(**inputs), lambda h, _: (h,))
+        targets, config = next_tokens(batch["labels"]), self.config
+        with gathered(teacher_head) as teacher:
+
+            def compute(hidden: Tensor, own: Head) -> tuple[Tensor, ...]:
+                found = linear_distillation(
+                    hidden, own, softened, teacher, targets, share=config.distill_weight,
+                    temperature=config.temperature, places=batch.get(PLACES),
+                )  # fmt: skip
+                return found.total, found.cross_entropy, found.divergence
+
+            inputs = self.model_inputs(batch)
+            total, labels, apart = through_head(head, lambda: self.model(**inputs), compute)
+        count = (targets != IGNORE).sum().clamp(min=1)
+        return Loss(total / count, values={"cross_entropy": labels / count, "kl": apart / count})
+
+    @cached_property
+    def _teacher_head(self) -> LinearHead | None:
+        """As `_head`; None where a subclass has teacher's logits of its own."""
+        from arctic_like.model.heads import find_head
+
+        if type(self).teacher_logits is not DistillTrainer.teacher_logits:
+            return None
+        return find_head(self.learner(TEACHER).engine.module, device=self.device).head
 
     def teacher_logits(self, batch: dict[str, Tensor]) -> Tensor:
         """The teacher's logits, (batch, length, vocabulary), packed documents apart."""
