@@ -55,8 +55,8 @@ def command(
 
     A row of the input is {"prompt": …} or {"messages": […]} with any other keys, or a
     line of plain text. The output has the same rows in the same order, with the answer.
-    An answer does not depend on the batch it was made in. An interrupted command,
-    repeated, goes on where it stopped.
+    An answer does not depend, but for rounding, on the batch it was made in. An
+    interrupted command, repeated, goes on where it stopped.
     """
     rows = read_rows(prompts, answer_key=answer_key)
     if target.exists() and not overwrite:
