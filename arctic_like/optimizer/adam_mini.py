@@ -52,10 +52,10 @@ class AdamMiniFactory(OptimizerFactory):
             weight_decay=config.weight_decay, verbose=False,
         )  # fmt: skip
         facts: Any = optimizer
-        facts.head_numel = (
-            head  # it would take dim² / heads, which is wrong where head_dim is stated
-        )
-        facts.world_size = 1  # it counts devices; at stage 0 every rank has whole parameters
+        # it would take dim² / heads, which is wrong where the config states head_dim
+        facts.head_numel = head
+        # it counts devices; at stage 0 every rank has whole parameters
+        facts.world_size = 1
         for its, (group, _) in zip(optimizer.param_groups, parts, strict=True):
             own = {key: value for key, value in group.items() if key != "params"}
             if "betas" in own:

@@ -14,6 +14,7 @@ from click.testing import CliRunner, Result
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from arctic_like.cli import answering, generate
+from arctic_like.cli.answers_file import AnswersFile
 from arctic_like.cli.main import main
 from arctic_like.errors import RecipeError
 from arctic_like.tokenizer.byte import byte_tokenizer
@@ -85,11 +86,14 @@ def test_answers_are_those_of_one_prompt_alone(
 ) -> None:
     """The second prompt leaves less room than asked for: it stops where the positions end."""
     out = tmp_path / "deep" / "answers.jsonl"
-    words = ("--input", prompts, "--output", out, "--max-new-tokens", 30)
+    words = ("--input", prompts, "--output", out, "--max-new-tokens", 60)
     result = run(folder, *words, "--batch-size", batch_size)
     assert result.exit_code == 0, result.exception
-    said = [expected(folder, text, 30) for text in TEXTS]
+    said = [expected(folder, text, 60) for text in TEXTS]
     assert len(set(said)) > 2
+    room = 96 - len(byte_tokenizer()(TEXTS[1])["input_ids"])
+    assert room < 60
+    assert said[1] == expected(folder, TEXTS[1], room)  # nothing else ends it before
     assert answers(out) == [{**row, "answer": a} for row, a in zip(ROWS, said, strict=True)]
     assert [list(row) for row in answers(out)] == [[*row, "answer"] for row in ROWS]
     assert sorted(path.name for path in out.parent.iterdir()) == [out.name]
@@ -169,6 +173,17 @@ def test_an_interrupted_command_goes_on_where_it_stopped(
     assert "is there already" in capsys.readouterr().err
     monkeypatch.setattr(answering.Generator, "answer", original)
     assert main([*words, "--overwrite"]) == 0
+
+
+def test_a_journal_may_be_cut_again_and_again(tmp_path: Path) -> None:
+    for number in range(3):
+        answers = AnswersFile(tmp_path / "out", about={"a": 1})
+        answers.open()
+        assert answers.answers == {row: f"ü{row}" for row in range(number)}
+        answers.add({number: f"ü{number}"})
+        answers.close()
+        with answers.journal.open("a") as file:
+            file.write('{"row": 7, "answer": "x')
 
 
 def test_a_journal_of_another_command_is_left_alone(
