@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from arctic_like.loss import Loss
 from arctic_like.methods.preference import LOSSES
 from arctic_like.trainer.base import WeightedBatch
-from arctic_like.trainer.causal import CausalTrainer
+from arctic_like.trainer.causal import PLACES, CausalTrainer
 from arctic_like.trainer.config import TrainerConfig
 from arctic_like.trainer.coupled import CoupledTrainer
 from arctic_like.trainer.preference_config import PreferenceConfig
@@ -22,7 +23,9 @@ from arctic_like.trainer.surface import MAIN
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from arctic_like.kernels.tiles import Head
     from arctic_like.methods.pairs import Pairs
+    from arctic_like.model.heads import LinearHead
     from arctic_like.trainer.learner import Learner
 
 DOCUMENTS = "documents"
@@ -84,29 +87,74 @@ class PreferenceTrainer(CoupledTrainer, CausalTrainer):
         from arctic_like.methods import logprobs
 
         labels, segments, documents = batch["labels"], batch["segment_ids"], batch[DOCUMENTS]
-        logits = self._logits_of(batch, learner)
-        of_tokens = logprobs.token_logprobs(logits, labels)
+        weighs = self.weighs_pairs and not learner.frozen
+        # how concentrated the policy is (WPO) is asked of its whole distribution
+        head = None if weighs else self._head_of(learner)
+        logits = None
+        if head is not None:
+            of_tokens = self._through(head, batch, learner)
+        else:
+            logits = self._logits_of(batch, learner)
+            of_tokens = logprobs.token_logprobs(logits, labels)
         found = logprobs.answer_sums(
             of_tokens, labels, segments, documents=documents, ld_alpha=self.ld_alpha
         )
         weights = None
-        if self.weighs_pairs and not learner.frozen:
+        if weighs and logits is not None:
             concentration = logprobs.log_sum_squares(logits)
             weights = logprobs.answer_weights(
                 of_tokens, concentration, labels, segments, documents=documents
             )
         return AnswerSums(found.logprobs, found.tokens, weights)
 
+    def _through(self, head: LinearHead, batch: dict[str, Any], learner: Learner) -> Tensor:
+        """(batch, length - 1): log π of the next tokens, 0 where they are not trained; no full logits."""
+        from arctic_like.kernels.linear_loss import linear_log_probs, next_tokens
+        from arctic_like.model.heads import through_head
+
+        labels = batch["labels"]
+        targets = next_tokens(labels)
+
+        def compute(hidden: Tensor, own: Head) -> tuple[Tensor, ...]:
+            found = linear_log_probs(
+                hidden, own.weight, targets, bias=own.bias, softcap=own.softcap, scale=own.scale,
+                places=batch.get(PLACES),
+            )  # fmt: skip
+            return (found,)
+
+        (found,) = through_head(head, lambda: self._call(batch, learner), compute)
+        return found.view(labels.shape)[:, :-1]
+
+    @cached_property
+    def _heads(self) -> dict[int, LinearHead | None]:
+        return {}
+
+    def _head_of(self, learner: Learner) -> LinearHead | None:
+        """As `_head`, of any learner."""
+        if self._is_main(learner):
+            return self._head
+        if id(learner) not in self._heads:
+            from arctic_like.model.heads import find_head
+
+            self._heads[id(learner)] = find_head(learner.engine.module, device=self.device).head
+        return self._heads[id(learner)]
+
     def _logits_of(self, batch: dict[str, Any], learner: Learner) -> Tensor:
         """(batch, length, vocabulary)."""
-        if hasattr(self, "equipment") and learner is self.learner():
+        if self._is_main(learner):
             return self.logits(batch)
+        logits: Tensor = self._call(batch, learner).logits
+        return logits.view(*batch["input_ids"].shape, -1)
+
+    def _call(self, batch: dict[str, Any], learner: Learner) -> Any:
         from arctic_like.model.isolation import packed_inputs
 
         engine = learner.engine
-        inputs = packed_inputs(engine.module, batch["input_ids"], batch["position_ids"])
-        logits: Tensor = engine(**inputs).logits
-        return logits.view(*batch["input_ids"].shape, -1)
+        return engine(**packed_inputs(engine.module, batch["input_ids"], batch["position_ids"]))
+
+    def _is_main(self, learner: Learner) -> bool:
+        """Also before there is a main one: a reference may be asked first, and then freed."""
+        return hasattr(self, "equipment") and learner is self.learner()
 
     # The loss ---------------------------------------------------------------------------------------
 
