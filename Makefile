@@ -2,7 +2,7 @@
 
 PYTHON ?= python3
 JOBS ?= 2
-EXTRAS := dev,tensorboard,wandb,peft,examples,metrics,onnx,sql
+EXTRAS := dev,tensorboard,wandb,peft,examples,metrics,onnx,sql,optimizers,bench
 VENV := .venv
 PINS := $(shell cat constraints.txt pyproject.toml | cksum | tr -d ' ')
 READY := $(VENV)/.ready-$(PINS)

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from arctic_like.errors import NonFiniteError, RunError
 from arctic_like.loss import Loss
 from arctic_like.metrics.ledger import terms_of
+from arctic_like.optimizer.base import OptimizerFactory
 from arctic_like.registry import Part
 from arctic_like.registry.factory_types import check_factory_types
 from arctic_like.trainer.config import TrainerConfig
@@ -75,7 +76,7 @@ class Trainer(Part, Moments, Surface, family="trainer"):
     data_factory_type: ClassVar[Any] = ("sft", "causal")
     model_factory_type: ClassVar[Any] = ("huggingface", "liger")
     tokenizer_factory_type: ClassVar[Any] = ("huggingface", "byte")
-    optimizer_factory_type: ClassVar[Any] = ("adamw", "fused_adam", "cpu_adam", "module.Class")
+    optimizer_factory_type: ClassVar[Any] = ("adamw", OptimizerFactory)
     scheduler_factory_type: ClassVar[Any] = (
         "huggingface", "wsd", "cosine_with_floor", "plateau", "module.Class",
     )  # fmt: skip
