@@ -1,0 +1,150 @@
+"""The recipes for models that users train: each validates as it is, and runs with a shrunken random model of
+its architecture, a tokenizer trained here with its chat template, and data of the shape that it names."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from arctic_like import load_recipe
+from arctic_like.api import execute
+from arctic_like.stop import StopRequest
+from tests.data.tokenizers_for_tests import tokenizer_for
+from tests.integration.tools import WORDS, lines, write_conversations, write_recipe
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+SMALL = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 16384,
+}  # fmt: skip
+KINDS = {
+    "meta-llama": ("llama", "llama3"), "Qwen": ("qwen3", "qwen3"), "google": ("gemma3_text", "gemma"),
+    "mistralai": ("mistral", "mistral"), "HuggingFaceTB": ("llama", "chatml"),
+}  # fmt: skip
+BILLIONS = {
+    "Llama-3.1-8B": 8.03, "Qwen3-8B": 8.19, "Qwen3-4B": 4.02, "Qwen3-0.6B": 0.60,
+    "gemma-3-1b": 1.00, "Mistral-7B": 7.25, "SmolLM2-1.7B": 1.71,
+}  # fmt: skip
+
+
+def name_of(path: Path) -> str:
+    return f"{path.parent.name}/{path.stem}"
+
+
+def header(path: Path) -> str:
+    """The comment at the top, in one line."""
+    top = path.read_text().split("\n\n")[0].splitlines()
+    return " ".join(line.removeprefix("#").strip() for line in top)
+
+
+FULL_SIZE = [
+    path for path in sorted(RECIPES.glob("*/*.yaml")) if "computed, not measured" in header(path)
+]
+
+
+def billions(model: str) -> float:
+    return next(size for name, size in BILLIONS.items() if name in model)
+
+
+def preferences(path: Path, kind: str) -> Path:
+    """Pairs, or answers that are wanted or not."""
+    with path.open("w") as file:
+        for number in range(12):
+            prompt = [{"role": "user", "content": f"{number} {WORDS[number]}?"}]
+            good, bad = (
+                [{"role": "assistant", "content": text}] for text in (WORDS[number], "no " * 3)
+            )
+            row: dict[str, Any] = {"prompt": prompt, "chosen": good, "rejected": bad}
+            if kind == "kto":
+                row = {
+                    "prompt": prompt,
+                    "completion": (good, bad)[number % 2],
+                    "label": not number % 2,
+                }
+            file.write(json.dumps(row) + "\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("full-size")
+
+
+def test_there_are_some_of_every_kind() -> None:
+    assert {path.parent.name for path in FULL_SIZE} >= {
+        "sft", "lora", "dpo", "orpo", "simpo", "kto", "distill"
+    }  # fmt: skip
+    assert len(FULL_SIZE) >= 16
+
+
+@pytest.mark.parametrize("path", FULL_SIZE, ids=name_of)
+def test_its_header_says_its_command_and_what_it_needs(path: Path) -> None:
+    """Weights and states: 18 bytes a parameter that is trained (bf16; gradient, master weight and two moments
+    in fp32), divided among the GPUs; 2 a parameter that is frozen."""
+    config = load_recipe(path, []).config
+    said = header(path)
+    command = re.search(r"arctic-train (recipes/\S+)(?: --num_gpus (\d+))?", said)
+    assert command
+    assert command[1] == f"recipes/{path.parent.name}/{path.name}"
+    size = billions(config.model.name_or_path)
+    if getattr(config.model, "peft_config", None):
+        gigabytes = [2 * size / 1.0737]
+    else:
+        gpus = int(command[2] or 1)
+        assert (gpus == 1) == (config.deepspeed["zero_optimization"]["stage"] < 3)
+        gigabytes = [18 * size / 1.0737 / gpus]
+    if path.parent.name == "distill":
+        gigabytes.append(2 * billions(config.teacher.model.name_or_path) / 1.0737)
+    found = [float(number) for number in re.findall(r"([\d.]+) GiB", said)]
+    for number in gigabytes:
+        assert any(math.isclose(number, one, rel_tol=0.06) for one in found), (number, found)
+
+
+@pytest.mark.parametrize("path", FULL_SIZE, ids=name_of)
+def test_it_runs_small(folder: Path, path: Path) -> None:
+    """Two steps and what is saved at the end: losses are finite, weights are exported."""
+    content: dict[str, Any] = yaml.safe_load(path.read_text())
+    kind, template = KINDS[content["model"]["name_or_path"].partition("/")[0]]
+    place = folder / name_of(path)
+    place.mkdir(parents=True)
+    tokenizer = tokenizer_for(template)
+    tokenizer.save_pretrained(place / "tokenizer")
+
+    def shrink(model: dict[str, Any]) -> None:
+        del model["name_or_path"]
+        model |= {"config": {**SMALL, "model_type": kind}, "attn_implementation": "sdpa"}
+
+    shrink(content["model"])
+    if "teacher" in content:
+        shrink(content["teacher"]["model"])
+    data = content["data"]
+    if data.get("type") in ("dpo", "kto"):
+        file = preferences(place / "data.jsonl", data["type"])
+    else:
+        file = write_conversations(place / "data.jsonl", count=40)
+    data |= {"sources": [str(file)], "eval_sources": [str(file)], "max_length": 256,
+             "cache_dir": str(folder / "cache")}  # fmt: skip
+    content["optimizer"]["type"] = "adamw"
+    content |= {
+        "tokenizer": {"name_or_path": str(place / "tokenizer")}, "device": "cpu", "train_iters": 2,
+        "global_batch_size": 2, "micro_batch_size": 1, "eval_interval": 2,
+        "logger": {"level": "WARNING"},
+    }  # fmt: skip
+    result = execute(
+        load_recipe(write_recipe(place / "small.yaml", content)), output_dir=place / "run", resume="",
+        stop=StopRequest(),
+    )  # fmt: skip
+    assert result.steps == 2
+    assert math.isfinite(result.final_loss)
+    assert any("eval/loss" in line for line in lines(place / "run"))
+    (export,) = result.exports
+    weights = (
+        "adapter_model.safetensors" if path.parent.name == "lora" or "lora" in path.stem else ""
+    )
+    assert (export / (weights or "model.safetensors")).exists()
