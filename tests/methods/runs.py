@@ -12,6 +12,18 @@ from tests.integration.tools import MODEL, WORDS, lines, recipe, write_recipe
 
 DIVISIONS = {"fine": (0, 1, 1, True), "two": (2, 2, 1, True), "three": (3, 2, 2, False)}
 """Name → ZeRO stage, ranks, micro-batch size, packed; beside a run in one micro-batch on one rank."""
+USUAL = ("two", "three")
+"""Those that every run of the tests has."""
+
+
+SCORING = {
+    "type": "scoring",
+    "config": MODEL,
+    "dtype": "fp32",
+    "disable_activation_checkpoint": True,
+}
+TOKEN_SCORING = {**SCORING, "type": "token_scoring"}
+WEIGHTS = {"desirable_weight": 1.3, "undesirable_weight": 0.8}
 
 
 def words(draw: random.Random, most: int) -> str:
@@ -38,10 +50,13 @@ class Jobs:
         output = more.pop("output_dir", str(self.folder / name))
         self.by_ranks[ranks].append({"recipe": str(path), "output_dir": output, **more})
 
-    def add_divisions(self, name: str, made: dict[str, Any]) -> None:
-        """`name-whole` and the same of every one of `DIVISIONS`."""
+    def add_divisions(
+        self, name: str, made: dict[str, Any], divisions: Sequence[str] = USUAL
+    ) -> None:
+        """`name-whole` and the same of some `DIVISIONS`."""
         self.add(f"{name}-whole", made)
-        for division, (stage, ranks, micro, packed) in DIVISIONS.items():
+        for division in divisions:
+            stage, ranks, micro, packed = DIVISIONS[division]
             other = json.loads(json.dumps(made)) | {"micro_batch_size": micro}
             other["data"]["pack_samples"] = packed
             other["deepspeed"]["zero_optimization"]["stage"] = stage
@@ -179,3 +194,56 @@ def trl_losses(
     trainer.compute_loss = noted
     trainer.train()
     return found
+
+
+def pairs(count: int, *, seed: int) -> list[dict[str, Any]]:
+    """Pairs whose answers differ in length, with a margin."""
+    draw = random.Random(seed)
+    return [
+        {
+            "prompt": f"{number} {words(draw, 2)}?", "chosen": words(draw, 6) + " yes",
+            "rejected": words(draw, 6), "margin": round(draw.uniform(-0.5, 2), 3),
+        }
+        for number in range(count)
+    ]  # fmt: skip
+
+
+def solutions(count: int, *, seed: int) -> list[dict[str, Any]]:
+    """Solutions of one to four steps; the right ones end in ok."""
+    draw = random.Random(seed)
+    rows = []
+    for number in range(count):
+        labels = [draw.random() < 0.6 for _ in range(draw.randint(1, 4))]
+        steps = [words(draw, 3) + (" ok" if right else "") for right in labels]
+        rows.append({"prompt": f"{number}?", "completions": steps, "labels": labels})
+    return rows
+
+
+def answers(count: int, *, seed: int) -> list[dict[str, Any]]:
+    """Judged answers of different lengths; a wanted one ends in yes."""
+    draw = random.Random(seed)
+    rows = []
+    for number in range(count):
+        wanted = number % 3 > 0
+        answer = words(draw, 6) + (" yes" if wanted else "")
+        prompt = f"{number} {words(draw, 3)}?"
+        rows.append({"prompt": prompt, "completion": answer, "label": wanted})
+    return rows
+
+
+def reward(make: Any, data: Path, **changes: Any) -> dict[str, Any]:
+    own = {"type": "reward", "model": SCORING, "data__type": "dpo", "data__margin": True}
+    made: dict[str, Any] = make(data, **{**own, **changes})
+    return made
+
+
+def process(make: Any, data: Path, **changes: Any) -> dict[str, Any]:
+    own = {"type": "process_reward", "model": TOKEN_SCORING, "data__type": "stepwise"}
+    made: dict[str, Any] = make(data, **{**own, **changes})
+    return made
+
+
+def kto(make: Any, data: Path, **changes: Any) -> dict[str, Any]:
+    own = {"type": "kto", "data__type": "kto", "beta": 0.5, **WEIGHTS}
+    made: dict[str, Any] = make(data, **{**own, **changes})
+    return made
