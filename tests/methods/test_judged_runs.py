@@ -12,6 +12,7 @@ import torch
 from tests.integration.tools import train_lines
 from tests.methods.runs import (
     DIVISIONS,
+    SCORING,
     USUAL,
     WEIGHTS,
     Jobs,
@@ -67,6 +68,12 @@ def more_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "kto-table", kto(whole, data["answers"], precompute_reference=True, micro_batch_size=3)
     )
     jobs.add("apo-trl", kto_like_trl(data["answers"], loss="apo_zero_unpaired"))
+    language_model = kto(whole, data["answers"])
+    initial_model(language_model, folder).save_pretrained(folder / "language-model")
+    own = {**SCORING, "name_or_path": str(folder / "language-model")}
+    del own["config"]
+    loaded = reward(whole, data["pairs"], model=own)
+    jobs.add_divisions("reward-of", loaded, ["three"])
     for stage, made in ((3, reward(whole, data["pairs"])), (2, kto(whole, data["answers"]))):
         made["deepspeed"]["zero_optimization"]["stage"] = stage
         jobs.add_resumed(f"{made['type']}-resumable", made, ranks=2)
@@ -123,6 +130,13 @@ def test_a_step_is_the_same_however_it_is_divided(runs: Path, run: str) -> None:
 )
 def test_so_it_is_in_further_divisions(more_runs: Path, run: str) -> None:
     same(more_runs / run, more_runs / f"{run.partition('-')[0]}-whole")
+
+
+@pytest.mark.full
+def test_a_language_model_begins_alike_at_zero_3_with_a_head_drawn_by_name(more_runs: Path) -> None:
+    same(more_runs / "reward-of-three", more_runs / "reward-of-whole")
+    # the same seed draws the same weights, so a model that is drawn whole begins with them too
+    same(more_runs / "reward-of-whole", more_runs / "reward-whole")
 
 
 @pytest.mark.full
