@@ -18,6 +18,7 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "process_reward": "arctic_like.trainer.process_reward:ProcessRewardTrainer",
         "gan": "arctic_like.trainer.gan:GANTrainer",
         "distill": "arctic_like.trainer.distill:DistillTrainer",
+        "embedding": "arctic_like.trainer.embedding:EmbeddingTrainer",
         "supervised": "arctic_like.trainer.supervised:SupervisedTrainer",
     },
     "criterion": {
@@ -42,6 +43,7 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "dpo": "arctic_like.data.preference:DPODataFactory",
         "kto": "arctic_like.data.preference:KTODataFactory",
         "stepwise": "arctic_like.data.stepwise:StepwiseDataFactory",
+        "embedding": "arctic_like.data.pairs_of_texts:EmbeddingDataFactory",
         "torch": "arctic_like.data.any_torch:TorchDataFactory",
     },
     "source": {
@@ -60,6 +62,7 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "liger": "arctic_like.model.liger:LigerModelFactory",
         "scoring": "arctic_like.model.scoring:ScoringModelFactory",
         "token_scoring": "arctic_like.model.scoring:TokenScoringModelFactory",
+        "embedding": "arctic_like.model.embedding:EmbeddingModelFactory",
         "torch": "arctic_like.model.any_torch:TorchModelFactory",
     },
     "tokenizer": {
@@ -95,6 +98,7 @@ BUILT_IN: dict[str, dict[str, str]] = {
     "checkpoint": {
         "deepspeed": "arctic_like.checkpoint.deepspeed:DeepSpeedCheckpoint",
         "huggingface": "arctic_like.checkpoint.huggingface:HFCheckpoint",
+        "sentence_transformers": "arctic_like.checkpoint.sentence_transformers:SentenceTransformersEngine",
     },
     "exporter": {
         "safetensors": "arctic_like.checkpoint.exporters:SafetensorsExporter",
