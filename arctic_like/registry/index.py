@@ -19,6 +19,7 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "gan": "arctic_like.trainer.gan:GANTrainer",
         "distill": "arctic_like.trainer.distill:DistillTrainer",
         "embedding": "arctic_like.trainer.embedding:EmbeddingTrainer",
+        "classification": "arctic_like.trainer.classification:ClassificationTrainer",
         "supervised": "arctic_like.trainer.supervised:SupervisedTrainer",
     },
     "criterion": {
@@ -44,6 +45,7 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "kto": "arctic_like.data.preference:KTODataFactory",
         "stepwise": "arctic_like.data.stepwise:StepwiseDataFactory",
         "embedding": "arctic_like.data.pairs_of_texts:EmbeddingDataFactory",
+        "classification": "arctic_like.data.labelled_texts:ClassificationDataFactory",
         "torch": "arctic_like.data.any_torch:TorchDataFactory",
     },
     "source": {
@@ -63,6 +65,7 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "scoring": "arctic_like.model.scoring:ScoringModelFactory",
         "token_scoring": "arctic_like.model.scoring:TokenScoringModelFactory",
         "embedding": "arctic_like.model.embedding:EmbeddingModelFactory",
+        "classifier": "arctic_like.model.classifier:ClassifierFactory",
         "torch": "arctic_like.model.any_torch:TorchModelFactory",
     },
     "tokenizer": {
