@@ -17,10 +17,12 @@ def show_end(trainer: Trainer, result: Result) -> None:
     """Print the table and the next commands (rank zero)."""
     from arctic_like.tracking.summary import show_summary
 
+    # a judge of answers has a tokenizer too
+    speaks = trainer.tokenizer is not None and hasattr(trainer.module, "generate")
     show_summary(
         rows=summary_rows(trainer),
         run_directory=result.output_dir,
-        next_commands=next_commands(result, speaks=trainer.tokenizer is not None),
+        next_commands=next_commands(result, speaks=speaks),
     )
 
 
