@@ -523,6 +523,8 @@ def main() -> None:
     if RANK == 0:
         (FOLDER / "found.json").write_text(json.dumps(found))
     dist.destroy_process_group()
+    # as the worker does: threads of gloo may abort a process whose interpreter comes down around them
+    os._exit(0)
 
 
 if __name__ == "__main__":
