@@ -63,40 +63,70 @@ def classification(make: Any, data: Path, **changes: Any) -> dict[str, Any]:
     return made
 
 
-def add_divisions(jobs: Jobs, name: str, made: dict[str, Any], stage: int) -> None:
-    """`name-whole` on one rank, and `name-two` on two."""
-    jobs.add(f"{name}-whole", made)
-    other = json.loads(json.dumps(made)) | {"micro_batch_size": 2}
+def divided(made: dict[str, Any], stage: int) -> dict[str, Any]:
+    """The same in micro-batches of two."""
+    other: dict[str, Any] = json.loads(json.dumps(made)) | {"micro_batch_size": 2}
     other["deepspeed"]["zero_optimization"]["stage"] = stage
-    jobs.add(f"{name}-two", other, ranks=2)
+    return other
+
+
+def recipes(folder: Path) -> dict[str, dict[str, Any]]:
+    """A recipe of each task, with its data."""
+    data = {}
+    for name, rows in (("one", texts), ("several", several), ("words", sentences)):
+        data[name] = write_rows(folder / f"{name}.jsonl", rows(11, seed=0))
+        write_rows(folder / f"eval-{name}.jsonl", rows(7, seed=1))
+    exporting = [{"type": "huggingface", "save_end_of_training": True}]
+    weights = {"ice": 3.0}
+    hamming = {"type": "torchmetrics.classification.MultilabelHammingDistance", "num_labels": 3}
+    return {
+        "one": classification(whole, data["one"], class_weights=weights, checkpoint=exporting),
+        "several": classification(
+            whole, data["several"], model=ENCODER, multi_label=True, class_weights={"floe": 2.0},
+            metrics={"hamming": hamming},
+        ),
+        "words": classification(whole, data["words"], task="token", model=ENCODER),
+    }  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One launch of one rank and one of two, for all runs."""
+    """One launch of one rank for all runs."""
     folder = tmp_path_factory.mktemp("classification")
-    jobs, made = Jobs(folder), {}
-    for name, rows in (("one", texts), ("several", several), ("words", sentences)):
-        made[name] = write_rows(folder / f"{name}.jsonl", rows(11, seed=0))
-        write_rows(folder / f"eval-{name}.jsonl", rows(7, seed=1))
-    exporting = [{"type": "huggingface", "save_end_of_training": True}]
-    one = classification(whole, made["one"], class_weights={"ice": 3.0}, checkpoint=exporting)
-    add_divisions(jobs, "one", one, 3)
-    many = classification(
-        whole, made["several"], model=ENCODER, multi_label=True, class_weights={"floe": 2.0},
-        metrics={"hamming": {"type": "torchmetrics.classification.MultilabelHammingDistance",
-                             "num_labels": 3}},
-    )  # fmt: skip
-    add_divisions(jobs, "several", many, 2)
-    tagged = classification(whole, made["words"], task="token", model=ENCODER)
-    add_divisions(jobs, "words", tagged, 2)
+    jobs, made = Jobs(folder), recipes(folder)
+    for name, one in made.items():
+        jobs.add(f"{name}-whole", one)
+    for name in ("one", "words"):
+        jobs.add(f"{name}-fine", divided(made[name], 0))
     jobs.drive()
     return folder
 
 
+@pytest.fixture(scope="module")
+def more_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What only the full tests look at."""
+    folder = tmp_path_factory.mktemp("more-classification")
+    jobs = Jobs(folder)
+    for stage, (name, one) in zip((3, 2, 2), recipes(folder).items(), strict=True):
+        jobs.add(f"{name}-whole", one)
+        jobs.add(f"{name}-two", divided(one, stage), ranks=2)
+    jobs.drive()
+    return folder
+
+
+@pytest.mark.parametrize("name", ["one", "words"])
+def test_a_step_is_the_same_in_small_micro_batches(runs: Path, name: str) -> None:
+    same(runs, name, "fine")
+
+
+@pytest.mark.full
 @pytest.mark.parametrize("name", ["one", "several", "words"])
-def test_a_step_is_the_same_however_it_is_divided(runs: Path, name: str) -> None:
-    one, other = runs / f"{name}-whole", runs / f"{name}-two"
+def test_a_step_is_the_same_on_two_ranks(more_runs: Path, name: str) -> None:
+    same(more_runs, name, "two")
+
+
+def same(runs: Path, name: str, division: str) -> None:
+    one, other = runs / f"{name}-whole", runs / f"{name}-{division}"
     assert len(train_lines(one)) == 4
     for key in ("loss", "grad_norm", "accuracy", "eval/loss", "eval/accuracy", "eval/f1"):
         assert len(series(one, key)) > 1, key

@@ -115,17 +115,32 @@ def distill(data: Path, **changes: Any) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One launch of one rank and one of two, for all runs."""
+    """One launch of one rank for all runs."""
     folder = tmp_path_factory.mktemp("distillation")
     data = write_conversations(folder / "data.jsonl", count=11)
     write_conversations(folder / "eval-data.jsonl", count=5, seed=1)
-    divided = {"model": TEACHER, "frozen": True}
+    jobs, small = Jobs(folder), {"micro_batch_size": 2}
+    jobs.add("hidden-whole", distill(data, **HIDDEN))
+    jobs.add("hidden-fine", distill(data, **HIDDEN, **small))
+    jobs.add("plain", distill(data))
+    jobs.add("kept", distill(data, teacher_cache={"top_k": 1000}))
+    jobs.add("few-whole", distill(data, teacher_cache={"top_k": 8}))
+    jobs.add("few-fine", distill(data, teacher_cache={"top_k": 8}, **small))
+    jobs.drive()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def more_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What only the full tests look at."""
+    folder = tmp_path_factory.mktemp("more-distillation")
+    data = write_conversations(folder / "data.jsonl", count=11)
+    write_conversations(folder / "eval-data.jsonl", count=5, seed=1)
+    divided: dict[str, Any] = {"model": TEACHER, "frozen": True}
     divided["deepspeed"] = {"zero_optimization": {"stage": 3}}
     jobs, small = Jobs(folder), {"micro_batch_size": 2}
     jobs.add("hidden-whole", distill(data, **HIDDEN))
     jobs.add("hidden-two", distill(data, **HIDDEN, **small, teacher=divided), ranks=2)
-    jobs.add("plain", distill(data))
-    jobs.add("kept", distill(data, teacher_cache={"top_k": 1000}))
     jobs.add("few-whole", distill(data, teacher_cache={"top_k": 8}))
     jobs.add("few-two", distill(data, teacher_cache={"top_k": 8}, **small,
                                 deepspeed__zero_optimization__stage=2), ranks=2)  # fmt: skip
@@ -134,8 +149,18 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("name", ["hidden", "few"])
-def test_a_step_is_the_same_however_it_is_divided(runs: Path, name: str) -> None:
-    one, other = runs / f"{name}-whole", runs / f"{name}-two"
+def test_a_step_is_the_same_in_small_micro_batches(runs: Path, name: str) -> None:
+    same(runs, name, "fine")
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", ["hidden", "few"])
+def test_a_step_is_the_same_on_two_ranks(more_runs: Path, name: str) -> None:
+    same(more_runs, name, "two")
+
+
+def same(runs: Path, name: str, division: str) -> None:
+    one, other = runs / f"{name}-whole", runs / f"{name}-{division}"
     assert len(train_lines(one)) == 3
     apart = {"hidden": ["jsd", "hidden"], "few": ["kl"]}[name]
     for key in ("loss", "grad_norm", "cross_entropy", "eval/loss", *apart):
@@ -156,7 +181,7 @@ def test_few_tokens_are_a_part_of_the_divergence(runs: Path) -> None:
 
 
 def test_the_teacher_is_asked_once(runs: Path) -> None:
-    """Two kept runs of eight tokens, on one and on two ranks, and one of all: two tables."""
+    """Two kept runs of eight tokens, in other micro-batches, and one of all: two tables."""
     entries = [path for path in (runs / "cache" / "teacher").iterdir() if path.is_dir()]
     widths = sorted(len(torch.from_numpy(_tokens(path))[0]) for path in entries)
     assert widths == [8, 8, 262, 262]  # of training and of evaluation

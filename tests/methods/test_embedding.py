@@ -87,7 +87,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     data = write_rows(folder / "units.jsonl", units(11, seed=0))
     write_rows(folder / "eval-units.jsonl", units(7, seed=1))
     jobs = Jobs(folder)
-    add_divisions(jobs, "full", embedding(whole, data, **FULL), list(DIVISIONS))
+    add_divisions(jobs, "full", embedding(whole, data, **FULL), ["cached", "three"])
     exporting = [{"type": "sentence_transformers", "save_end_of_training": True}]
     plain = embedding(whole, data, model=ENCODER, checkpoint=exporting)
     add_divisions(jobs, "encoder", plain, ["two"])
@@ -106,14 +106,22 @@ def more_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     jobs = Jobs(folder)
     made = embedding(whole, data, **FULL, deepspeed__zero_optimization__stage=3)
     jobs.add_resumed("resumable", made, ranks=2)
+    add_divisions(jobs, "full", embedding(whole, data, **FULL), ["two"])
     jobs.drive()
     return folder
 
 
-@pytest.mark.parametrize(
-    "run", [*(f"full-{division}" for division in DIVISIONS), "encoder-two"]
-)  # fmt: skip
+@pytest.mark.parametrize("run", ["full-cached", "full-three", "encoder-two"])
 def test_a_step_is_the_same_however_it_is_divided(runs: Path, run: str) -> None:
+    same(runs, run)
+
+
+@pytest.mark.full
+def test_a_step_with_all_settings_is_the_same_at_stage_two(more_runs: Path) -> None:
+    same(more_runs, "full-two")
+
+
+def same(runs: Path, run: str) -> None:
     """Gradients included: their norm, and what the steps made of the weights."""
     one, other = runs / f"{run.split('-')[0]}-whole", runs / run
     assert len(train_lines(one)) == 4
