@@ -188,7 +188,24 @@ def whole_copy(module: nn.Module) -> Iterator[nn.Module | None]:
         if copy is not None and tensor is not None:
             with torch.no_grad():
                 places[name].data = tensor.float() if tensor.is_floating_point() else tensor
-    yield copy.eval() if copy is not None else None
+    with _plain_linear():
+        yield copy.eval() if copy is not None else None
+
+
+@contextmanager
+def _plain_linear() -> Iterator[None]:
+    """Torch's own `linear`: at ZeRO-3 DeepSpeed puts one in its place, for the whole process, that no tracer
+    can write down."""
+    import torch.nn.functional as F
+    from deepspeed.runtime.zero.partition_parameters import InsertPostInitMethodToModuleSubClasses
+
+    plain = getattr(InsertPostInitMethodToModuleSubClasses, "linear_bk", None)
+    found = F.linear
+    F.linear = plain or found
+    try:
+        yield
+    finally:
+        F.linear = found
 
 
 def _skeleton(module: nn.Module) -> nn.Module:

@@ -78,7 +78,10 @@ def test_values_follow_their_closed_forms_and_a_resume_goes_on(tmp_path: Path, d
 @pytest.mark.parametrize(
     ("one", "words"),
     [
-        ({"target": "epochs", "end": 2}, "there are distill_weight, temperature, optimizer."),
+        (
+            {"target": "epochs", "end": 2},
+            "there are beta, distill_weight, hidden_weight, temperature, optimizer.",
+        ),
         ({"target": "optimizer.lr", "end": 2}, "learning rates follow `scheduler`"),
         ({"target": "optimizer.momentum", "end": 2}, "optimizer.weight_decay"),
         ({"target": "module.p", "end": 0}, "module.attention_dropout"),

@@ -84,9 +84,10 @@ def test_nothing_else_lies_there(run: tuple[Path, Any]) -> None:
 def test_weights_that_two_ranks_share_are_exported_whole(
     run: tuple[Path, Any], tmp_path: Path
 ) -> None:
-    """ZeRO 3: no rank has them all."""
+    """ZeRO 3: no rank has them all, and DeepSpeed has replaced torch's `linear`."""
     sections = {"deepspeed": {"zero_optimization": {"stage": 3}}, "micro_batch_size": 1}
-    changes = {**sections, "exporters": [{"type": "safetensors", "file": "whole.safetensors"}]}
+    exporters = [{"type": "safetensors", "file": "whole.safetensors"}, {"type": "torchscript"}]
+    changes = {**sections, "exporters": exporters}
     path = write_recipe(tmp_path / "two.yaml", content(**changes, code=PARTS))
     path.write_text(path.read_text().replace(f"{HERE}.", ""))  # the names in that file
     drive([{"recipe": str(path), "output_dir": str(tmp_path / "two")}], ranks=2, folder=tmp_path)
@@ -95,6 +96,10 @@ def test_weights_that_two_ranks_share_are_exported_whole(
     found = load_file(tmp_path / "two/exports/whole.safetensors")
     for name, expected in run[1].state_dict().items():
         assert torch.allclose(found[name], expected, atol=1e-6), name
+    x = Points(size=7).x
+    program = torch.jit.load(str(tmp_path / "two/exports/model.pt"))
+    with torch.no_grad():
+        assert torch.allclose(program(x), run[1](x), atol=1e-6)
 
 
 def test_a_missing_extra_is_said_before_training(

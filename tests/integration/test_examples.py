@@ -8,6 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from arctic_like import load_recipe
+from arctic_like.registry.named import find_object
+
 from .tools import arctic_train, lines
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -46,13 +49,8 @@ def test_digits_are_told_apart(tmp_path: Path) -> None:
     scores = {line["step"]: line["eval/accuracy"] for line in found if "eval/accuracy" in line}
     assert scores[int(best.removeprefix("step-"))] == max(scores.values())
 
-    import sys
-
-    sys.path.insert(0, str(RECIPES / "digits"))
-    try:
-        from classify import Digits, SmallNet
-    finally:
-        sys.path.pop(0)
+    load_recipe(RECIPES / "digits/classify.yaml")  # the names of its code file
+    SmallNet, Digits = (find_object(name, place="") for name in ("SmallNet", "Digits"))
     model, unseen = SmallNet(num_classes=10).eval(), Digits("test")
     model.load_state_dict(load_file(tmp_path / "run/exports/model.safetensors"))
     with torch.no_grad():
