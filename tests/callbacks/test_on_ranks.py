@@ -18,6 +18,8 @@ from tests.integration.tools import (
     write_recipe,
 )
 
+pytestmark = pytest.mark.full
+
 STAGES = (0, 2, 3)
 FREEZE = {"0-fp32": (0, "fp32"), "0-bf16": (0, "bf16"), "1-bf16": (1, "bf16"),
           "2-fp32": (2, "fp32"), "3-fp32": (3, "fp32"), "3-bf16": (3, "bf16")}  # fmt: skip

@@ -97,7 +97,8 @@ def test_watching_is_right_on_two_ranks(folder: Path) -> None:
         assert (folder / name / "checkpoints/best").read_text() == "step-4\n"
 
 
-@pytest.mark.parametrize("name", ["two", pytest.param("three", marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("name", ["two", "three"])
 def test_a_run_that_goes_back_and_is_killed_is_the_run_that_was_not(
     folder: Path, tmp_path: Path, name: str
 ) -> None:

@@ -105,7 +105,7 @@ def test_the_ratio_to_the_moving_average_is_bounded_by_what_was_a_spike() -> Non
 
 
 @pytest.mark.parametrize("factor", ["nan", 1000.0])
-@pytest.mark.parametrize("stage", [0, 2])
+@pytest.mark.parametrize("stage", [0, pytest.param(2, marks=pytest.mark.full)])
 def test_a_run_that_goes_back_is_the_run_that_never_met_the_batch(
     tmp_path: Path, data: Path, factor: Any, stage: int
 ) -> None:

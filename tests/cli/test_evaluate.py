@@ -104,6 +104,7 @@ def check_line(found: dict[str, Any], *, slope: float) -> None:
     assert set(found["sets"]) == {"eval", "eval/few", "test"}
 
 
+@pytest.mark.full
 def test_a_recipe_is_measured_as_it_begins_on_two_ranks(tmp_path: Path) -> None:
     """Three rows over two ranks: one has nothing to do for one of them."""
     done = arctic_train("evaluate", str(line_recipe(tmp_path)), "--num_gpus", "2", cwd=tmp_path)

@@ -19,6 +19,8 @@ from tests.model.shapes import LLAMA, byte_tokenizer, make
 
 from .tools import drive, recipe, train_lines, without_clocks, write_conversations, write_recipe
 
+pytestmark = pytest.mark.full
+
 STEPS = 6
 LORA = {"type": "lora", "r": 4, "lora_alpha": 16, "target_modules": "all-linear"}
 CONFIGS = {

@@ -17,6 +17,8 @@ from tests.integration.tools import (
     write_recipe,
 )
 
+pytestmark = pytest.mark.full
+
 TRAINERS = str(Path(__file__).with_name("tiled_trainers.py"))
 SETTINGS: dict[str, dict[str, Any]] = {
     "stage 0": {"deepspeed__zero_optimization__stage": 0},

@@ -305,6 +305,7 @@ def available(*kinds: str) -> list[str]:
     return [kind for kind in kinds if kind not in PACKAGES or find_spec(PACKAGES[kind])]
 
 
+@pytest.mark.full
 def test_two_ranks_are_one(runs: Any, tmp_path: Path) -> None:
     cases = {"lion": 2, "sgd": 2, "apollo": 0}
     compare_ranks(runs, tmp_path, [(kind, cases[kind]) for kind in available(*cases)])
