@@ -24,6 +24,8 @@ from tests.integration.tools import (
     write_recipe,
 )
 
+pytestmark = pytest.mark.full
+
 CASES = {"0-bf16": (0, "bf16"), "1-bf16": (1, "bf16"), "2-fp32": (2, "fp32"), "3-bf16": (3, "bf16")}
 EMA = {"type": "ema", "decay": 0.9}
 

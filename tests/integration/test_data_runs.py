@@ -179,6 +179,7 @@ def test_a_stream_removes_what_it_passed(runs: Path) -> None:
     assert min(left) > 3, "blocks of some three samples, and four steps of four may lie behind"
 
 
+@pytest.mark.full
 def test_a_stream_killed_while_it_prepares(tmp_path: Path, runs: Path) -> None:
     """kill -9 of everything while a block is being made; the run goes on to the same end."""
     slow = tmp_path / "slow.py"

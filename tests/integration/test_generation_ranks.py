@@ -16,6 +16,8 @@ from arctic_like.world import World
 
 from .tools import MODEL, drive, recipe, write_conversations, write_recipe
 
+pytestmark = pytest.mark.full
+
 STAGES = (0, 3)
 QUESTIONS = ["a", "what?", "ünï", "a much longer question " * 2, "b", "hm", "z" * 20, "who", "me"]
 TOKENS = 8

@@ -293,6 +293,7 @@ def test_a_key_has_two_spellings_but_not_at_once(
     assert own.rpartition(".")[2] in str(caught.value)
 
 
+@pytest.mark.full
 def test_two_ranks_have_one_mesh(tmp_path: Path) -> None:
     """`world.mesh` spans the ranks, and an all-reduce over it sums."""
     (tmp_path / "mesh.py").write_text(

@@ -33,6 +33,8 @@ from tests.methods.runs import (
     write_rows,
 )
 
+pytestmark = pytest.mark.full
+
 DATA = {"pairs": pairs, "solutions": solutions, "answers": answers}
 
 

@@ -17,6 +17,8 @@ from transformers import AutoModelForCausalLM
 
 from tests.model.shapes import GPT2, LLAMA, MAMBA, MIXTRAL, TIED, make
 
+pytestmark = pytest.mark.full
+
 CASES = {
     "llama": (TIED, "fp32"),
     "gpt2": (GPT2, "bf16"),
