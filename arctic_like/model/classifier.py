@@ -8,7 +8,7 @@ head gives scores of every token (decoders) those of its last one, which is the 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -58,10 +58,10 @@ class ClassifierFactory(ScoringModelFactory):
     name = "classifier"
     config_type = ClassifierConfig  # type: ignore[assignment]
     config: ClassifierConfig  # type: ignore[assignment]
-    auto_class: ClassVar[str] = ""
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
+        self.auto_class = _AUTO[config.task]
         self._names = tuple(config.labels)
 
     def create_config(self, tokenizer: PreTrainedTokenizerBase | None) -> PretrainedConfig:
@@ -95,11 +95,6 @@ class ClassifierFactory(ScoringModelFactory):
         """See `HFModelFactory.for_weights`. Raises RecipeError where the recipe does not name the labels."""
         self._needs_names()
         return super().for_weights(tokenizer=tokenizer, seed=seed)
-
-    def _auto(self) -> Any:
-        import transformers
-
-        return getattr(transformers, _AUTO[self.config.task])
 
     def _needs_names(self) -> None:
         if not self._names:

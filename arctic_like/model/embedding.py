@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -53,7 +53,7 @@ class EmbeddingModelFactory(ScoringModelFactory):
     name = "embedding"
     config_type = EmbeddingModelConfig  # type: ignore[assignment]
     config: EmbeddingModelConfig  # type: ignore[assignment]
-    auto_class: ClassVar[str] = "AutoModel"
+    auto_class: str = "AutoModel"
 
     def create_config(self, tokenizer: PreTrainedTokenizerBase | None) -> PretrainedConfig:
         """See `HFModelFactory.create_config`."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -13,6 +13,7 @@ from arctic_like.config.values import TORCH_DTYPES, DType, RecipePath
 from arctic_like.errors import Problem, RecipeError
 from arctic_like.model.adapters.config import check, check_model, kind_of
 from arctic_like.model.base import ModelConfig, ModelFactory, ModelFacts
+from arctic_like.model.loading import CAUSAL
 
 if TYPE_CHECKING:
     from torch import nn
@@ -116,6 +117,10 @@ class HFModelFactory(ModelFactory):
     name = "huggingface"
     config_type = HFModelConfig
     config: HFModelConfig
+    auto_class: str = CAUSAL
+    """The name of transformers' class that makes the model."""
+    missing_level: ClassVar[str] = "WARNING"
+    """How weights are told of that a pretrained model does not bring."""
 
     def facts(self) -> ModelFacts:
         """Positions, sizes and the like from the model's config. Raises RecipeError as `build`."""
@@ -177,7 +182,7 @@ class HFModelFactory(ModelFactory):
                 zero_stage=0,
                 ds_config={},
             )
-        model = unfilled(self.create_config(tokenizer), **self._options())
+        model = unfilled(self.create_config(tokenizer), auto=self.auto_class, **self._options())
         if self.config.name_or_path:
             self._take_generation(model)
         set_generation(model, tokenizer)
@@ -199,7 +204,7 @@ class HFModelFactory(ModelFactory):
         """The model with its initial weights; `zero`, the DeepSpeed dictionary, partitions it."""
         from arctic_like.model.loading import from_config, from_pretrained
 
-        shared = {**self._options(), "seed": seed, "zero": zero}
+        shared = {**self._options(), "auto": self.auto_class, "seed": seed, "zero": zero}
         if self.config.quantization:
             from arctic_like.model.adapters.quantised import loading_options
 
@@ -218,9 +223,10 @@ class HFModelFactory(ModelFactory):
         if missing and world.is_main:
             from loguru import logger
 
-            logger.warning(
+            logger.log(
+                self.missing_level,
                 f"{self.config.name_or_path} has no values for {', '.join(missing)}: "
-                "they start from random weights"
+                "they start from random weights",
             )
         return model
 

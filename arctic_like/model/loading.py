@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig, PreTrainedModel
 
+CAUSAL = "AutoModelForCausalLM"
+
 
 def from_config(
     config: PretrainedConfig,
@@ -20,13 +22,14 @@ def from_config(
     dtype: torch.dtype,
     seed: int,
     zero: dict[str, Any] | None,
+    auto: str = CAUSAL,
     **options: Any,
 ) -> PreTrainedModel:
-    """A causal language model of that shape with random weights.
+    """A model of that shape with random weights.
 
-    zero: the DeepSpeed dictionary at ZeRO-3, else None; options: for `from_config`.
+    zero: the DeepSpeed dictionary at ZeRO-3, else None. auto: the name of transformers' class that makes
+    it. options: for `from_config`.
     """
-    from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
     with untouched_randomness(), ExitStack() as stack:
@@ -35,19 +38,20 @@ def from_config(
         stack.enter_context(no_init_weights())
         if zero is not None:
             stack.enter_context(_partitioned(zero))
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
+        model: PreTrainedModel = _auto(auto).from_config(config, dtype=dtype, **options)
     model.tie_weights()
     initialise(model, seed=seed)
     return model
 
 
-def unfilled(config: PretrainedConfig, *, dtype: torch.dtype, **options: Any) -> PreTrainedModel:
-    """A causal language model of that shape whose weights hold nothing of meaning."""
-    from transformers import AutoModelForCausalLM
+def unfilled(
+    config: PretrainedConfig, *, dtype: torch.dtype, auto: str = CAUSAL, **options: Any
+) -> PreTrainedModel:
+    """A model of that shape whose weights hold nothing of meaning."""
     from transformers.initialization import no_init_weights
 
     with untouched_randomness(), no_init_weights():
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
+        model: PreTrainedModel = _auto(auto).from_config(config, dtype=dtype, **options)
     model.tie_weights()
     return model
 
@@ -58,26 +62,30 @@ def from_pretrained(
     dtype: torch.dtype,
     seed: int,
     zero: dict[str, Any] | None,
+    auto: str = CAUSAL,
     **options: Any,
 ) -> tuple[PreTrainedModel, list[str]]:
-    """A causal language model with a checkpoint's weights, and the names of those it did not bring.
+    """A model with a checkpoint's weights, and the names of those it did not bring.
 
-    These are drawn by name. zero: the DeepSpeed dictionary at ZeRO-3, else None; options: for
-    `from_pretrained`.
+    These are drawn by name. zero, auto: as of `from_config`; options: for `from_pretrained`.
     """
-    from transformers import AutoModelForCausalLM
-
     with untouched_randomness(), ExitStack() as stack:
         seed_by_name(seed, "")
         if zero is not None:
             stack.enter_context(zero3_for_transformers(zero))
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = _auto(auto).from_pretrained(
             name_or_path, dtype=dtype, output_loading_info=True, **options
         )
     missing = _missing(model, info)
     if missing:
         initialise(model, seed=seed, names=missing)
     return model, missing
+
+
+def _auto(name: str) -> Any:
+    import transformers
+
+    return getattr(transformers, name)
 
 
 def _missing(model: PreTrainedModel, info: dict[str, Any]) -> list[str]:

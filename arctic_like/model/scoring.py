@@ -8,7 +8,6 @@ num_labels): transformers would pool one score a row, and a packed row holds sev
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from pydantic import Field, model_validator
@@ -17,9 +16,6 @@ from arctic_like.config.base import wrong
 from arctic_like.config.values import HumanInt
 from arctic_like.errors import Problem, RecipeError
 from arctic_like.model.huggingface import HFModelConfig, HFModelFactory
-from arctic_like.model.initial import initialise
-from arctic_like.model.loading import _missing, _partitioned, zero3_for_transformers
-from arctic_like.model.randomness import seed_by_name, untouched_randomness
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -60,7 +56,8 @@ class ScoringModelFactory(HFModelFactory):
     name = "scoring"
     config_type = ScoringModelConfig
     config: ScoringModelConfig
-    auto_class: ClassVar[str] = "AutoModelForSequenceClassification"
+    auto_class: str = "AutoModelForSequenceClassification"
+    missing_level: ClassVar[str] = "INFO"  # its head is not expected there
 
     def create_config(self, tokenizer: PreTrainedTokenizerBase | None) -> PretrainedConfig:
         """See `HFModelFactory.create_config`."""
@@ -83,8 +80,9 @@ class ScoringModelFactory(HFModelFactory):
     def for_weights(self, *, tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> nn.Module:
         """See `HFModelFactory.for_weights`; the model's `logits` are transformers' own."""
         from arctic_like.model.hf_config import set_generation
+        from arctic_like.model.loading import unfilled
 
-        model = self._made(self.create_config(tokenizer), zero=None)
+        model = unfilled(self.create_config(tokenizer), auto=self.auto_class, **self._options())
         model.generation_config = None
         set_generation(model, tokenizer)
         ready: nn.Module = model
@@ -94,59 +92,12 @@ class ScoringModelFactory(HFModelFactory):
         self, config: PretrainedConfig, *, seed: int, world: World, zero: dict[str, Any] | None
     ) -> PreTrainedModel:
         """The model with its initial weights; a head that a checkpoint does not bring is drawn."""
-        missing: list[str] = []
         try:
-            if self.config.config is not None:
-                model = self._made(config, zero=zero)
-                initialise(model, seed=seed)
-            else:
-                model, missing = self._loaded(config, seed=seed, zero=zero)
-        except (OSError, ValueError, ImportError, RuntimeError) as error:
+            model = super().create_model(config, seed=seed, world=world, zero=zero)
+        except RuntimeError as error:
             raise RecipeError(self._not_buildable(error)) from error
-        if missing and world.is_main:
-            from loguru import logger
-
-            logger.info(
-                f"{self.config.name_or_path} has no values for {', '.join(missing)}: "
-                "they start from random weights"
-            )
         model.generation_config = None  # which a model that generates nothing does not have
         return model
-
-    def _made(self, config: PretrainedConfig, *, zero: dict[str, Any] | None) -> PreTrainedModel:
-        """The model without weights of meaning."""
-        from transformers.initialization import no_init_weights
-
-        with untouched_randomness(), ExitStack() as stack:
-            seed_by_name(0, "")
-            stack.enter_context(no_init_weights())
-            if zero is not None:
-                stack.enter_context(_partitioned(zero))
-            model: PreTrainedModel = self._auto().from_config(config, **self._options())
-        model.tie_weights()
-        return model
-
-    def _loaded(
-        self, config: PretrainedConfig, *, seed: int, zero: dict[str, Any] | None
-    ) -> tuple[PreTrainedModel, list[str]]:
-        """(the model with a checkpoint's weights, the names of those that it did not bring)."""
-        with untouched_randomness(), ExitStack() as stack:
-            seed_by_name(seed, "")
-            if zero is not None:
-                stack.enter_context(zero3_for_transformers(zero))
-            model, info = self._auto().from_pretrained(
-                self.config.name_or_path, config=config, revision=self.config.revision,
-                output_loading_info=True, **self._options(),
-            )  # fmt: skip
-        missing = _missing(model, info)
-        if missing:
-            initialise(model, seed=seed, names=missing)
-        return model, missing
-
-    def _auto(self) -> Any:
-        import transformers
-
-        return getattr(transformers, self.auto_class)
 
 
 class TokenScoringModelFactory(ScoringModelFactory):
