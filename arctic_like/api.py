@@ -84,7 +84,7 @@ def execute(
     device = choose_device(recipe.config.device)
     refuse_what_cannot_run(recipe, on_cpu=device == "cpu")
     world = World.from_environment(device)
-    _prepare_process(recipe, world)
+    prepare_process(recipe, world)
     host = connect(world)
     directory = RunDirectory(output_dir)
     with _no_trace_of_a_false_start(directory, world), contextlib.ExitStack() as stack:
@@ -184,7 +184,8 @@ def _device_name(world: World) -> str:
     return str(torch.cuda.get_device_name(world.device))
 
 
-def _prepare_process(recipe: Recipe, world: World) -> None:
+def prepare_process(recipe: Recipe, world: World) -> None:
+    """Set what torch, DeepSpeed and tokenizers read from the environment when they are first used."""
     if world.device == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+from collections.abc import Callable
 
 from arctic_like.errors import DONE, FAILED, INTERRUPTED, TERMINATED, ArcticError, RelayedError
 from arctic_like.stop import StopRequest, install_rank_guards, report_exit
@@ -14,11 +15,20 @@ def main() -> int:
     """Run this rank to its end; returns its exit code."""
     from arctic_like.api import execute, recipe_from_environment
 
-    try:
+    def work() -> int:
         recipe, output_dir, resume = recipe_from_environment()
         result = execute(
             recipe, output_dir=output_dir, resume=resume, stop=StopRequest.from_environment()
         )
+        return {2: INTERRUPTED, 15: TERMINATED}.get(result.signal, DONE)
+
+    return exit_code(work)
+
+
+def exit_code(work: Callable[[], int]) -> int:
+    """What `work` returns; of an error its code, after the error was told as a rank tells it."""
+    try:
+        return work()
     except RelayedError as error:
         return error.exit_code
     except ArcticError as error:
@@ -28,10 +38,10 @@ def main() -> int:
         rank = os.environ.get("RANK", "0")
         sys.stderr.write(f"error on rank {rank}:\n{traceback.format_exc()}")
         return FAILED
-    return {2: INTERRUPTED, 15: TERMINATED}.get(result.signal, DONE)
 
 
-if __name__ == "__main__":
+def run_as_rank(main: Callable[[], int]) -> None:
+    """Run a launched process to its end, report its code, and leave."""
     install_rank_guards()
     code = main()
     report_exit(code)
@@ -39,3 +49,7 @@ if __name__ == "__main__":
     sys.stderr.flush()
     # Threads of libraries (gloo, wandb) must not keep a finished or failed rank alive.
     os._exit(code)
+
+
+if __name__ == "__main__":
+    run_as_rank(main)

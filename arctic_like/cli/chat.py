@@ -66,13 +66,14 @@ def load(path: Path, *, device: str) -> tuple[Any, PreTrainedTokenizerBase, str]
 
     find(path)  # says within a moment, before anything heavy is imported, that there is nothing
     with contextlib.redirect_stdout(sys.stderr):
-        on = _device(device)
-        _be_quiet()
+        on = device_for(device)
+        be_quiet()
         model, tokenizer = load_for_inference(path, device=on)
     return model, tokenizer, on
 
 
-def _device(asked: str) -> str:
+def device_for(asked: str) -> str:
+    """The torch device for `auto`, `cpu` or `cuda`. Raises RecipeError where it is not here."""
     import torch
 
     if asked == "cuda" and not torch.cuda.is_available():
@@ -82,7 +83,8 @@ def _device(asked: str) -> str:
     return "cuda" if asked != "cpu" and torch.cuda.is_available() else "cpu"
 
 
-def _be_quiet() -> None:
+def be_quiet() -> None:
+    """Let transformers neither warn nor draw progress bars."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()

@@ -135,10 +135,10 @@ def find_weights(source: Path, *, model: str | None, step: str | None) -> Weight
 
 
 def _load(file: Path, overrides: list[str]) -> Recipe:
-    from arctic_like.cli.train import _check_before_launch, _load
+    from arctic_like.cli.train import check_before_launch, read_recipe
 
-    recipe = _load(file, overrides)
-    _check_before_launch(recipe)
+    recipe = read_recipe(file, overrides)
+    check_before_launch(recipe)
     return recipe
 
 

@@ -3,23 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import sys
-import traceback
 from pathlib import Path
 from typing import Any
 
 from arctic_like.cli.evaluate import REQUEST, RESULT
-from arctic_like.errors import (
-    DONE,
-    FAILED,
-    ArcticError,
-    Problem,
-    RecipeError,
-    RelayedError,
-    RunError,
-)
-from arctic_like.stop import StopRequest, install_rank_guards, report_exit
+from arctic_like.errors import DONE, FAILED, Problem, RecipeError, RunError
+from arctic_like.stop import StopRequest
+from arctic_like.worker import exit_code, run_as_rank
 
 
 class _Stopped(Exception):
@@ -30,26 +20,20 @@ def main() -> int:
     """Measure on this rank; returns its exit code."""
     from arctic_like.api import recipe_from_environment
 
-    try:
+    def work() -> int:
         recipe, folder, _ = recipe_from_environment()
-        measure(recipe, folder)
-    except _Stopped as stopped:
-        return 128 + int(stopped.args[0])
-    except RelayedError as error:
-        return error.exit_code
-    except ArcticError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return error.exit_code
-    except BaseException:
-        rank = os.environ.get("RANK", "0")
-        sys.stderr.write(f"error on rank {rank}:\n{traceback.format_exc()}")
-        return FAILED
-    return DONE
+        try:
+            measure(recipe, folder)
+        except _Stopped as stopped:
+            return 128 + int(stopped.args[0])
+        return DONE
+
+    return exit_code(work)
 
 
 def measure(recipe: Any, folder: Path) -> None:
     """Build, load, evaluate, test; rank zero writes what came of it into `folder`. Collective."""
-    from arctic_like.api import _prepare_process, choose_device
+    from arctic_like.api import choose_device, prepare_process
     from arctic_like.engine.host import connect
     from arctic_like.logs import setup_logging
     from arctic_like.rundir import RunDirectory
@@ -58,7 +42,7 @@ def measure(recipe: Any, folder: Path) -> None:
     from arctic_like.world import World
 
     world = World.from_environment(choose_device(recipe.config.device))
-    _prepare_process(recipe, world)
+    prepare_process(recipe, world)
     host = connect(world)
     logger = recipe.config.logger
     setup_logging(rank=world.rank, level=logger.level, print_output_ranks=logger.print_output_ranks)
@@ -129,9 +113,4 @@ def by_set(values: dict[str, float], samples: dict[str, int]) -> dict[str, dict[
 
 
 if __name__ == "__main__":
-    install_rank_guards()
-    code = main()
-    report_exit(code)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)  # threads of libraries must not keep a finished rank alive
+    run_as_rank(main)

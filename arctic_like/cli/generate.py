@@ -143,8 +143,8 @@ def load(
     from arctic_like.checkpoint.adapters import load_adapter
 
     with contextlib.redirect_stdout(sys.stderr):
-        on = chat._device(device)
-        chat._be_quiet()
+        on = chat.device_for(device)
+        chat.be_quiet()
         model, tokenizer = load_adapter(adapter, base=place)
     model.config.use_cache = True
     return model.to(on).eval(), tokenizer, on

@@ -63,8 +63,8 @@ def train(words: list[str]) -> int:
     from arctic_like.api import default_output_dir
     from arctic_like.rundir import RunDirectory
 
-    recipe = _load(line.target, line.overrides)
-    _check_before_launch(recipe)
+    recipe = read_recipe(line.target, line.overrides)
+    check_before_launch(recipe)
     output_dir = default_output_dir(recipe)
     resumes = recipe.config.auto_resume and not recipe.config.overwrite
     RunDirectory(output_dir).check(resume=resumes, overwrite=recipe.config.overwrite)
@@ -91,13 +91,14 @@ def resume(words: list[str]) -> int:
     folder = Path(line.target)
     if not (folder / "recipe.yaml").is_file():
         raise RecipeError(_no_run(folder))
-    recipe = _load(folder / "recipe.yaml", line.overrides)
-    _check_before_launch(recipe)
+    recipe = read_recipe(folder / "recipe.yaml", line.overrides)
+    check_before_launch(recipe)
     chosen = "latest" if step is None else step if step == "best" else f"step-{step}"
     return _launch(recipe, line, folder, resume=chosen, words=spoken)
 
 
-def _load(path: str | Path, overrides: list[str]) -> Recipe:
+def read_recipe(path: str | Path, overrides: list[str]) -> Recipe:
+    """The recipe, without what pydantic's plugins would cost at every start. Raises RecipeError."""
     with without_pydantic_plugins():
         from arctic_like.recipe import load_recipe
 
@@ -119,7 +120,7 @@ def _launch(
     )
 
 
-def _check_before_launch(recipe: Recipe) -> None:
+def check_before_launch(recipe: Recipe) -> None:
     """Warn of what has no effect, refuse what this version cannot carry out."""
     from arctic_like.api import refuse_what_cannot_run
     from arctic_like.cli.devices import visible_gpus
