@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,12 +61,23 @@ class HFCheckpoint(CheckpointEngine):
         monitored: what these weights measured; `run.json` in the folder says so. Raises
         CheckpointError on every rank if it cannot be written; nothing of it is visible then.
         """
+        self.write(
+            module, tokenizer, directory=directory, host=host, monitored=monitored,
+            steps_per_epoch=steps_per_epoch, total_steps=total_steps,
+        )  # fmt: skip
+
+    def write(
+        self, module: nn.Module, tokenizer: PreTrainedTokenizerBase, *, directory: Path,
+        host: HostGroup, monitored: Monitored | None, steps_per_epoch: int | None,
+        total_steps: int | None, add: Callable[[Path], None] | None = None,
+    ) -> None:  # fmt: skip
+        """`save`, with files that `add` writes into the folder on rank zero before it has its name."""
         metric = monitored or Monitored()
-        if world.is_main:
+        if host.world.is_main:
             recover(directory.parent, marked=False)
         facts = {"step": step_of(directory), MONITORED: metric.as_dict()}
-        export(module, tokenizer, directory=directory, host=host, facts=facts)
-        if world.is_main:
+        export(module, tokenizer, directory=directory, host=host, facts=facts, add=add)
+        if host.world.is_main:
             self.let_go(
                 exports_in(directory.parent), metric,
                 steps_per_epoch=steps_per_epoch, total_steps=total_steps,
@@ -81,14 +92,15 @@ def export(
     host: HostGroup,
     dtype: torch.dtype | None = None,
     facts: Mapping[str, Any] | None = None,
+    add: Callable[[Path], None] | None = None,
 ) -> None:
     """Write a transformers model as `directory`: aside first, synced, then renamed. Collective.
 
     Of a model with an adapter, the adapter alone.
 
     dtype: of the floating weights in the files; None keeps the trained one. facts: plain values of the
-    run, for `run.json` beside them. A folder of that name is replaced once the new one is complete.
-    Raises CheckpointError.
+    run, for `run.json` beside them. add: writes more files into the folder, on rank zero. A folder of
+    that name is replaced once the new one is complete. Raises CheckpointError.
     """
     from arctic_like.checkpoint import adapters
     from arctic_like.checkpoint.safetensors import write_weights
@@ -112,6 +124,8 @@ def export(
                 _write_description(module, tokenizer, partial, dtype=dtype)
             if facts is not None:
                 (partial / RUN_STATE).write_text(json.dumps(facts, indent=1) + "\n")
+            if add is not None:
+                add(partial)
             _publish(directory)
         except (OSError, ValueError, RuntimeError) as problem:
             error = _not_written(directory, problem)

@@ -12,28 +12,17 @@ The names and keys are those of sentence-transformers 3 to 5 (`SentenceTransform
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from arctic_like.checkpoint.huggingface import (
-    HFCheckpoint,
-    HFCheckpointConfig,
-    _not_written,
-    _prepare,
-    _publish,
-    _write_description,
-    exports_in,
-)
-from arctic_like.checkpoint.layout import RUN_STATE, step_of
-from arctic_like.checkpoint.publish import aside, recover
-from arctic_like.checkpoint.retention import MONITORED, Monitored
+from arctic_like.checkpoint.huggingface import HFCheckpoint, HFCheckpointConfig
 from arctic_like.errors import CheckpointError
 
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
+    from arctic_like.checkpoint.retention import Monitored
     from arctic_like.engine.host import HostGroup
     from arctic_like.world import World
 
@@ -75,38 +64,16 @@ class SentenceTransformersEngine(HFCheckpoint):
         max_length: int | None = None,
     ) -> None:
         """As `HFCheckpoint.save`. The prefixes and the longest text are facts of the data. Collective."""
-        from arctic_like.checkpoint.safetensors import write_weights
-        from arctic_like.engine.weights import weight_bytes
+        host.raise_together(_no_pooling(module) if world.is_main else None)
+        prefixes = {"query": query_prefix, "document": passage_prefix}
 
-        metric = monitored or Monitored()
-        partial = aside(directory)
-        error: BaseException | None = None
-        if world.is_main:
-            recover(directory.parent, marked=False)
-            error = _no_pooling(module)
-            error = error or _prepare(module, directory, partial, needed=weight_bytes(module))
-        host.raise_together(error)
-        error = write_weights(module, partial if world.is_main else None)
-        if world.is_main and error is None:
-            try:
-                _write_description(module, tokenizer, partial, dtype=None)
-                facts = {"step": step_of(directory), MONITORED: metric.as_dict()}
-                (partial / RUN_STATE).write_text(json.dumps(facts, indent=1) + "\n")
-                prefixes = {"query": query_prefix, "document": passage_prefix}
-                _write_parts(module, partial, prefixes=prefixes, max_length=max_length)
-                _publish(directory)
-            except (OSError, ValueError, RuntimeError) as problem:
-                error = problem
-        if world.is_main and error is not None:
-            shutil.rmtree(partial, ignore_errors=True)
-            error = _not_written(directory, error)
-        host.raise_together(error)
-        host.barrier()
-        if world.is_main:
-            self.let_go(
-                exports_in(directory.parent), metric,
-                steps_per_epoch=steps_per_epoch, total_steps=total_steps,
-            )  # fmt: skip
+        def add(folder: Path) -> None:
+            _write_parts(module, folder, prefixes=prefixes, max_length=max_length)
+
+        self.write(
+            module, tokenizer, directory=directory, host=host, monitored=monitored,
+            steps_per_epoch=steps_per_epoch, total_steps=total_steps, add=add,
+        )  # fmt: skip
 
 
 def _no_pooling(module: Any) -> CheckpointError | None:
