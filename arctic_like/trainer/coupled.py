@@ -72,7 +72,7 @@ class CoupledTrainer(Trainer):
 
     def get_val_metrics(self) -> dict[str, Any]:
         """`loss` of a whole evaluation set, where it couples samples."""
-        return {"loss": _WholeSet(self._loss_of_set)} if self._takes_all else {}
+        return {"loss": WholeSet(self._loss_of_set)} if self._takes_all else {}
 
     def validation_step(self, batch: Any) -> Any:
         """The loss of the batch; of a coupled loss its rows are kept until the set is through."""
@@ -183,7 +183,7 @@ class CoupledTrainer(Trainer):
         return {"": float(found.mean)}
 
 
-class _WholeSet:
+class WholeSet:
     """The rows of an evaluation set, as torchmetrics keeps its state: updated, computed, reset."""
 
     # the stand-in of an idle rank is undone by copying `vars`, in which the trainer must not be

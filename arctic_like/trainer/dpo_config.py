@@ -29,7 +29,97 @@ class ReferenceConfig(LearnerConfig):
     """Always; a reference is not trained."""
 
 
-class DPOConfig(PreferenceConfig):
+class ReferencedConfig(TrainerConfig):
+    """A recipe of a trainer that compares the policy with a reference. A subclass calls `settle_reference` in
+    a validator of its own, among its other checks."""
+
+    reference: ReferenceConfig | None = None
+    """The reference model, with keys as at the top level (`model`, `deepspeed`); the policy's initial
+    weights unless given."""
+
+    ref_model: Annotated[PartConfig, Choice("model")] | None = None
+    """Short form of `reference: {model: …}`."""
+
+    reference_model_deepspeed: dict[str, Any] | None = None
+    """Short form of `reference: {deepspeed: …}`: the reference may be divided where the policy is whole."""
+
+    precompute_reference: bool = False
+    """Compute the reference's log-probabilities once, before training, and keep them in the data's cache:
+    no second model in memory while training."""
+
+    @property
+    def compares(self) -> bool:
+        """Whether the loss needs a reference."""
+        return True
+
+    @property
+    def built_apart(self) -> tuple[str, ...]:
+        """Learners that are described and not built with the run: a reference that is asked once."""
+        return (REFERENCE,) if self.precompute_reference else ()
+
+    @property
+    def by_adapter(self) -> bool:
+        """Whether the policy without its adapter is the reference."""
+        return self.compares and self.reference is None and not self.precompute_reference
+
+    def settle_reference(self) -> None:
+        """Raise what is wrong with the reference, and describe the model that the recipe leaves out."""
+        raise_problems(type(self).__name__, self._reference_problems())
+        if self.reference is None and self.compares and self._needs_a_model:
+            model = self.ref_model or self.model
+            section = self.reference_model_deepspeed
+            # not stated, so a recipe that is written out does not have it
+            self.__dict__["reference"] = ReferenceConfig(model=model, deepspeed=section)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_the_policy(cls, data: Any) -> Any:
+        """A `reference` that states no model has the policy's."""
+        if not isinstance(data, dict) or not isinstance(data.get("reference"), dict):
+            return data
+        if "model" in data["reference"] or "model" not in data:
+            return data
+        return {**data, "reference": {**data["reference"], "model": data["model"]}}
+
+    @property
+    def _needs_a_model(self) -> bool:
+        """Whether the reference is a model of its own: stated, or not to be had from the policy."""
+        if self.ref_model is not None:
+            return True
+        if self.precompute_reference:
+            return False
+        from arctic_like.model.adapters.config import PROMPTS, kind_of
+
+        peft: dict[str, Any] | None = getattr(self.model, "peft_config", None)
+        if peft is None or kind_of(peft) in PROMPTS:
+            return True
+        return str(peft.get("init_lora_weights", "")).lower().startswith(_CHANGE_THE_BASE)
+
+    def _reference_problems(self) -> Iterator[Problem]:
+        stated = [key for key in (REFERENCE, "ref_model", "reference_model_deepspeed")
+                  if self.given(key) and getattr(self, key) is not None]  # fmt: skip
+        if REFERENCE in stated and len(stated) > 1:
+            yield Problem(f"and {stated[1]} are both given", REFERENCE, "keep reference")
+        if stated and not self.compares:
+            yield Problem("is given, but no loss compares with it", stated[0], "leave it out")
+        if self.reference is not None and not self.reference.frozen:
+            yield Problem("is false, but a reference is not trained", "reference.frozen",
+                          "leave it out")  # fmt: skip
+        if self.reference_model_deepspeed is not None:
+            from arctic_like.engine.ds_keys import check_deepspeed
+
+            for problem in check_deepspeed(self.reference_model_deepspeed):
+                place = ".".join(map(str, ("reference_model_deepspeed", *problem.path)))
+                yield Problem(problem.message, place, problem.hint)
+        if self.precompute_reference and not self.compares:
+            yield Problem("is true, but no loss compares with a reference", "precompute_reference",
+                          "leave it out")  # fmt: skip
+        if self.precompute_reference and getattr(self.data, "streaming", False):
+            yield Problem("is true, but a stream's samples are not known before training",
+                          "precompute_reference", "leave it out, or set data.streaming: false")  # fmt: skip
+
+
+class DPOConfig(ReferencedConfig, PreferenceConfig):
     """A recipe of `type: dpo`."""
 
     no_effect: ClassVar[dict[str, str]] = {
@@ -70,20 +160,6 @@ class DPOConfig(PreferenceConfig):
     reward_shift: HumanFloat | None = None
     """δ of `bco_pair`; the mean reward of the global batch unless given, 0 in TRL."""
 
-    reference: ReferenceConfig | None = None
-    """The reference model, with keys as at the top level (`model`, `deepspeed`); the policy's initial
-    weights unless given."""
-
-    ref_model: Annotated[PartConfig, Choice("model")] | None = None
-    """Short form of `reference: {model: …}`."""
-
-    reference_model_deepspeed: dict[str, Any] | None = None
-    """Short form of `reference: {deepspeed: …}`: the reference may be divided where the policy is whole."""
-
-    precompute_reference: bool = False
-    """Compute the reference's log-probabilities once, before training, and keep them in the data's cache:
-    no second model in memory while training."""
-
     ignore_label_index: HumanInt = -100
     """Label of tokens that are not trained. Has no effect: it is -100."""
 
@@ -109,26 +185,6 @@ class DPOConfig(PreferenceConfig):
         """Whether a loss needs a reference."""
         return any(LOSSES[name].reference for name in self.mixture)
 
-    @property
-    def built_apart(self) -> tuple[str, ...]:
-        """Learners that are described and not built with the run: a reference that is asked once."""
-        return (REFERENCE,) if self.precompute_reference else ()
-
-    @property
-    def by_adapter(self) -> bool:
-        """Whether the policy without its adapter is the reference."""
-        return self.compares and self.reference is None and not self.precompute_reference
-
-    @model_validator(mode="before")
-    @classmethod
-    def _of_the_policy(cls, data: Any) -> Any:
-        """A `reference` that states no model has the policy's."""
-        if not isinstance(data, dict) or not isinstance(data.get("reference"), dict):
-            return data
-        if "model" in data["reference"] or "model" not in data:
-            return data
-        return {**data, "reference": {**data["reference"], "model": data["model"]}}
-
     @model_validator(mode="after")
     def _losses_that_go_together(self) -> Self:
         raise_problems(type(self).__name__, self._loss_problems())
@@ -136,27 +192,8 @@ class DPOConfig(PreferenceConfig):
 
     @model_validator(mode="after")
     def _one_reference(self) -> Self:
-        raise_problems(type(self).__name__, self._reference_problems())
-        if self.reference is None and self.compares and self._needs_a_model:
-            model = self.ref_model or self.model
-            section = self.reference_model_deepspeed
-            # not stated, so a recipe that is written out does not have it
-            self.__dict__["reference"] = ReferenceConfig(model=model, deepspeed=section)
+        self.settle_reference()
         return self
-
-    @property
-    def _needs_a_model(self) -> bool:
-        """Whether the reference is a model of its own: stated, or not to be had from the policy."""
-        if self.ref_model is not None:
-            return True
-        if self.precompute_reference:
-            return False
-        from arctic_like.model.adapters.config import PROMPTS, kind_of
-
-        peft: dict[str, Any] | None = getattr(self.model, "peft_config", None)
-        if peft is None or kind_of(peft) in PROMPTS:
-            return True
-        return str(peft.get("init_lora_weights", "")).lower().startswith(_CHANGE_THE_BASE)
 
     def _loss_problems(self) -> Iterator[Problem]:
         names = list(self.mixture)
@@ -191,26 +228,3 @@ class DPOConfig(PreferenceConfig):
         if self.given("f_divergence_alpha") and self.f_divergence != "alpha_divergence":
             yield Problem(f"is given, but f_divergence is {self.f_divergence}", "f_divergence_alpha",
                           "leave it out, or set f_divergence: alpha_divergence")  # fmt: skip
-
-    def _reference_problems(self) -> Iterator[Problem]:
-        stated = [key for key in (REFERENCE, "ref_model", "reference_model_deepspeed")
-                  if self.given(key) and getattr(self, key) is not None]  # fmt: skip
-        if REFERENCE in stated and len(stated) > 1:
-            yield Problem(f"and {stated[1]} are both given", REFERENCE, "keep reference")
-        if stated and not self.compares:
-            yield Problem("is given, but no loss compares with it", stated[0], "leave it out")
-        if self.reference is not None and not self.reference.frozen:
-            yield Problem("is false, but a reference is not trained", "reference.frozen",
-                          "leave it out")  # fmt: skip
-        if self.reference_model_deepspeed is not None:
-            from arctic_like.engine.ds_keys import check_deepspeed
-
-            for problem in check_deepspeed(self.reference_model_deepspeed):
-                place = ".".join(map(str, ("reference_model_deepspeed", *problem.path)))
-                yield Problem(problem.message, place, problem.hint)
-        if self.precompute_reference and not self.compares:
-            yield Problem("is true, but no loss compares with a reference", "precompute_reference",
-                          "leave it out")  # fmt: skip
-        if self.precompute_reference and getattr(self.data, "streaming", False):
-            yield Problem("is true, but a stream's samples are not known before training",
-                          "precompute_reference", "leave it out, or set data.streaming: false")  # fmt: skip

@@ -11,7 +11,7 @@ from arctic_like.config.values import HumanFloat, HumanInt
 from arctic_like.errors import Problem, RecipeError
 from arctic_like.loss import Loss
 from arctic_like.trainer.config import TrainerConfig
-from arctic_like.trainer.coupled import CoupledTrainer, Coupling, Seen, _WholeSet
+from arctic_like.trainer.coupled import CoupledTrainer, Coupling, Seen, WholeSet
 from arctic_like.trainer.preference_config import raise_problems
 
 if TYPE_CHECKING:
@@ -205,7 +205,7 @@ class EmbeddingTrainer(CoupledTrainer):
 
     def get_val_metrics(self) -> dict[str, Any]:
         """The loss of a whole evaluation set, and how well its anchors find their positives in it."""
-        return {**super().get_val_metrics(), "retrieval": _WholeSet(self._retrieval)}
+        return {**super().get_val_metrics(), "retrieval": WholeSet(self._retrieval)}
 
     def validation_step(self, batch: Any) -> Any:
         """The batch's vectors are kept until the set is through."""

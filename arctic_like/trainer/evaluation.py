@@ -141,6 +141,8 @@ def _computed(trainer: Trainer, objects: Mapping[str, Any]) -> dict[str, Any]:
     # all ranks compute the same metrics in the same order, one without a batch too
     values: dict[str, Any] = {}
     metrics = {**trainer.val_metrics, **objects}
+    if not metrics:
+        return values
     # a step that leaves a metric alone (a test step of its own, say) has no value of it to show
     updated = trainer.session.host.sum(
         [float(getattr(metric, "update_called", True)) for metric in metrics.values()]

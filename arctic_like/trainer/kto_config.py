@@ -6,19 +6,16 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from arctic_like.config.base import PartConfig
 from arctic_like.config.values import HumanFloat
 from arctic_like.errors import Problem
-from arctic_like.registry.choice import Choice
-from arctic_like.trainer.config import TrainerConfig
 from arctic_like.trainer.coupled import Coupling
-from arctic_like.trainer.dpo_config import REFERENCE, DPOConfig, ReferenceConfig
+from arctic_like.trainer.dpo_config import ReferencedConfig
 from arctic_like.trainer.preference_config import raise_problems
 
 _KEY = "kl_answers"
 
 
-class KTOConfig(TrainerConfig):
+class KTOConfig(ReferencedConfig):
     """A recipe of `type: kto`."""
 
     type: str = "kto"
@@ -42,48 +39,9 @@ class KTOConfig(TrainerConfig):
     """What the baseline of `kto` is the mean over. `micro_batch` is what other programs do; the result then
     depends on how a batch is divided."""
 
-    reference: ReferenceConfig | None = None
-    """The reference model, with keys as at the top level (`model`, `deepspeed`); the policy's initial
-    weights unless given."""
-
-    ref_model: Annotated[PartConfig, Choice("model")] | None = None
-    """Short form of `reference: {model: …}`."""
-
-    reference_model_deepspeed: dict[str, Any] | None = None
-    """Short form of `reference: {deepspeed: …}`: the reference may be divided where the policy is whole."""
-
-    precompute_reference: bool = False
-    """Compute the reference's log-probabilities once, before training, and keep them in the data's cache:
-    no second model in memory while training."""
-
-    @property
-    def compares(self) -> bool:
-        """Always: both losses need a reference."""
-        return True
-
-    @property
-    def built_apart(self) -> tuple[str, ...]:
-        """Learners that are described and not built with the run: a reference that is asked once."""
-        return (REFERENCE,) if self.precompute_reference else ()
-
-    @property
-    def by_adapter(self) -> bool:
-        """Whether the policy without its adapter is the reference."""
-        return self.reference is None and not self.precompute_reference
-
-    # A reference is described as for `dpo`, whose rules these are ------------------------------------
-
-    _needs_a_model = DPOConfig._needs_a_model
-    _reference_problems = DPOConfig._reference_problems
-
-    @model_validator(mode="before")
-    @classmethod
-    def _of_the_policy(cls, data: Any) -> Any:
-        return DPOConfig._of_the_policy(data)  # type: ignore[operator]
-
     @model_validator(mode="after")
     def _one_reference(self) -> Self:
-        DPOConfig._one_reference(self)  # type: ignore[operator]
+        self.settle_reference()
         return self
 
     @model_validator(mode="after")
