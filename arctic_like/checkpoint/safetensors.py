@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +31,9 @@ def write_weights(
 
     All ranks call it; `folder` is rank 0's, None elsewhere. Returns what went wrong in writing
     rather than raising it, after the last weight was gathered: other ranks are in that loop too.
+    A module's `written_also` says under which further names others look for a weight: name → names.
     """
+    again: Mapping[str, Sequence[str]] = getattr(module, "written_also", {})
     shards = _Shards(folder, shard_bytes=shard_bytes) if folder is not None else None
     error: BaseException | None = None
     for group in _layers(module):
@@ -41,7 +43,8 @@ def write_weights(
             converted = _as_published(module, group)
             for name, tensor in converted.items():
                 floating = tensor.is_floating_point() and dtype is not None
-                shards.add(name, tensor.to(dtype) if floating else tensor)
+                for one in (name, *again.get(name, ())):
+                    shards.add(one, tensor.to(dtype) if floating else tensor)
         except (OSError, ValueError, RuntimeError) as problem:
             error = problem
     if shards is not None and error is None:

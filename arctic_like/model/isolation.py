@@ -123,6 +123,12 @@ def _accepted(forward: Callable[..., Any]) -> frozenset[str] | None:
     return frozenset(parameters)
 
 
+def reads_tokens(model: nn.Module) -> bool:
+    """Whether a model is called with tokens, as `packed_inputs` does."""
+    accepted = _accepted(type(model).forward)
+    return accepted is None or "input_ids" in accepted
+
+
 def packing_refusal(config: ModelConfig) -> str | None:
     """Why a recipe that packs documents cannot train this model, as a sentence; None if it may."""
     adapter = kind_of(getattr(config, "peft_config", None) or {})

@@ -160,7 +160,8 @@ def assemble(trainer: Trainer, session: Session) -> Equipment:
     }
     exporters = [build(one, "exporter") for one in config.exporters]
     check_exporters(exporters, list(learners))
-    _prove_isolation(config, learners[MAIN].engine.module, info)
+    for one in learners.values():
+        _prove_isolation(config, one.engine.module, info)
     _start_generators(config, world)
     return Equipment(
         info=info, tokenizer=tokenizer, data=data, plan=plan, loader=loader, total_steps=total,
@@ -374,7 +375,10 @@ def _is_frozen(part: Any) -> bool:
 def _prove_isolation(config: Any, module: nn.Module, info: RunInfo) -> None:
     if not getattr(config.data, "pack_samples", False) or not hasattr(module, "config"):
         return
-    from arctic_like.model.isolation import check_isolation
+    from arctic_like.model.isolation import check_isolation, reads_tokens
+
+    if not reads_tokens(module):  # its rows are not those of the data
+        return
 
     check_isolation(module, vocab_size=int(module.config.vocab_size), device=info.device)  # type: ignore[union-attr, arg-type]
 

@@ -78,9 +78,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_there_are_some_of_every_kind() -> None:
     assert {path.parent.name for path in FULL_SIZE} >= {
-        "sft", "lora", "dpo", "orpo", "simpo", "kto", "distill"
+        "sft", "lora", "dpo", "orpo", "simpo", "kto", "distill", "speculator"
     }  # fmt: skip
-    assert len(FULL_SIZE) >= 16
+    assert len(FULL_SIZE) >= 17
 
 
 @pytest.mark.parametrize("path", FULL_SIZE, ids=name_of)
@@ -101,6 +101,11 @@ def test_its_header_says_its_command_and_what_it_needs(path: Path) -> None:
         gigabytes = [18 * size / 1.0737 / gpus]
     if path.parent.name == "distill":
         gigabytes.append(2 * billions(config.teacher.model.name_or_path) / 1.0737)
+    if (
+        path.parent.name == "speculator"
+    ):  # embedding and head of Llama's 128,256 tokens, two steps of gates
+        heads = (2 * 128256 + 8 * config.model.inner_dim) * config.model.inner_dim / 1e9
+        gigabytes = [18 * heads / 1.0737, 2 * size / 1.0737]
     found = [float(number) for number in re.findall(r"([\d.]+) GiB", said)]
     for number in gigabytes:
         assert any(math.isclose(number, one, rel_tol=0.06) for one in found), (number, found)
@@ -121,8 +126,11 @@ def test_it_runs_small(folder: Path, path: Path) -> None:
         model |= {"config": {**SMALL, "model_type": kind}, "attn_implementation": "sdpa"}
 
     shrink(content["model"])
-    if "teacher" in content:
-        shrink(content["teacher"]["model"])
+    for other in {"teacher", "base"} & content.keys():
+        shrink(content[other]["model"])
+    if "code" in content:
+        content["code"] = str(path.parent / content["code"])
+        content["model"]["inner_dim"] = 32
     data = content["data"]
     if data.get("type") in ("dpo", "kto"):
         file = preferences(place / "data.jsonl", data["type"])
