@@ -39,11 +39,12 @@ def summary(found: Statistics) -> list[tuple[str, str]]:
     facts = found.facts
     tokens, trained = facts["tokens"], facts["trained_tokens"]
     filled = f", {facts['fill_rate']:.1%} filled" if found.packed and "fill_rate" in facts else ""
-    twice = "2 × " if "pairs" in facts else ""
+    kind = next((one for one in ("pairs", "rankings") if one in facts), "documents")
+    twice = {"pairs": "2 × ", "rankings": f"{facts.get('answers')} × "}.get(kind, "")
     most = f" of up to {twice}{facts['max_length']:,} tokens" if "max_length" in facts else ""
     rows = [("samples", f"{facts['samples']:,}{most}{filled}")]
     if "documents" in facts:
-        rows.append(("pairs" if "pairs" in facts else "documents", ", ".join(_fates(facts))))
+        rows.append((kind, ", ".join(_fates(facts))))
     if "desirable" in facts:
         rows.append(
             ("answers", f"{facts['desirable']:,} desirable, {facts['undesirable']:,} undesirable")

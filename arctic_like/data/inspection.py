@@ -71,7 +71,7 @@ def view(samples: SampleSet, index: int, text: TokenText) -> SampleView:
         documents.append(
             DocumentView(
                 place=place,
-                role=_role(sample, start),
+                role=_role(sample, start, getattr(samples, "unit", 2)),
                 tokens=stop - start,
                 trained=int(trained.sum()),
                 spans=text.spans(tokens[start:stop].tolist(), trained.tolist()),
@@ -89,12 +89,15 @@ def _starts(sample: Sample) -> list[int]:
     return [int(start) for start in np.flatnonzero(begins)]
 
 
-def _role(sample: Sample, at: int) -> str:
-    """What a document is among preferences (`segment_ids`, `desirable`: see docs/design.md)."""
+def _role(sample: Sample, at: int, unit: int) -> str:
+    """What a document is among preferences (`segment_ids`, `desirable`: see docs/design.md). unit: how many
+    a pair or a ranking has."""
     if "desirable" in sample:
         return "desirable" if sample["desirable"][at] == 1 else "undesirable"
     if "segment_ids" in sample:
-        pair, rejected = divmod(int(sample["segment_ids"][at]), 2)
+        pair, rejected = divmod(int(sample["segment_ids"][at]), unit)
+        if unit > 2:
+            return f"ranking {pair}, answer {rejected + 1}"
         return f"pair {pair}, {'rejected' if rejected else 'chosen'}"
     return ""
 

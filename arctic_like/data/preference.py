@@ -1,4 +1,5 @@
-"""The data factories of preferences: pairs (`dpo`) and judged answers without a partner (`kto`)."""
+"""The data factories of preferences: pairs (`dpo`), rankings of several answers (`ranking`), and answers that
+are each judged by themselves (`kto`)."""
 
 from __future__ import annotations
 
@@ -40,6 +41,15 @@ class DPODataConfig(PreferenceDataConfig):
     asks for at least that difference."""
 
 
+class RankingDataConfig(PreferenceDataConfig):
+    """The recipe's `data:` for rankings: a prompt with several answers in order of preference."""
+
+    type: str = "ranking"
+
+    answers: HumanInt = Field(default=4, ge=2)
+    """How many answers every row has."""
+
+
 class KTODataConfig(PreferenceDataConfig):
     """The recipe's `data:` for answers that are each judged for themselves."""
 
@@ -56,8 +66,12 @@ class _PreferenceDataFactory(TokenDataFactory):
     config: PreferenceDataConfig
     # an answer that was cut is not the one that was judged
     default_long: ClassVar[LongSamples] = "drop"
-    documents: ClassVar[int]
-    """Documents of a row, which stay together."""
+    answers_of_a_row: ClassVar[int]
+
+    @property
+    def documents(self) -> int:
+        """Documents of a row, which stay together."""
+        return self.answers_of_a_row
 
     @property
     def mismatched(self) -> bool:
@@ -158,7 +172,7 @@ class DPODataFactory(_PreferenceDataFactory):
     name = "dpo"
     config_type = DPODataConfig
     config: DPODataConfig
-    documents = 2
+    answers_of_a_row = 2
 
     def encoder(self, tokenizer: PreTrainedTokenizerBase, source: SourceConfig) -> Encoder:
         from arctic_like.data.preference_encoders import PairEncoder
@@ -171,13 +185,34 @@ class DPODataFactory(_PreferenceDataFactory):
         return {**super().shape(source), **({"margin": True} if self.config.margin else {})}
 
 
+class RankingDataFactory(_PreferenceDataFactory):
+    """Several answers to one prompt, the best first; packed, a sample holds whole rankings."""
+
+    name = "ranking"
+    config_type = RankingDataConfig
+    config: RankingDataConfig
+
+    @property
+    def documents(self) -> int:
+        """See `_PreferenceDataFactory.documents`."""
+        return self.config.answers
+
+    def encoder(self, tokenizer: PreTrainedTokenizerBase, source: SourceConfig) -> Encoder:
+        from arctic_like.data.preference_encoders import RankingEncoder
+
+        return RankingEncoder(tokenizer, source, **self._options(source), count=self.config.answers)
+
+    def shape(self, source: SourceConfig) -> dict[str, Any]:
+        return {**super().shape(source), "answers": self.config.answers}
+
+
 class KTODataFactory(_PreferenceDataFactory):
     """Answers that are each wanted or not (`label`)."""
 
     name = "kto"
     config_type = KTODataConfig
     config: KTODataConfig
-    documents = 1
+    answers_of_a_row = 1
 
     @property
     def mismatched(self) -> bool:

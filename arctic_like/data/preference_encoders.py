@@ -202,20 +202,44 @@ class PairEncoder(_PreferenceEncoder):
         answers = [
             self._answer(pair.prompt, answer, tools) for answer in (pair.chosen, pair.rejected)
         ]
-        chosen, rejected = (one.rendered.text for one in answers)
-        if chosen == rejected:
-            raise shapes.RowError(
-                "has the same text as its chosen and its rejected answer",
-                hint="leave such rows out, or set data.on_bad_sample: skip",
-            )
-        if chosen[: answers[0].border] != rejected[: answers[1].border]:
-            raise shapes.RowError(
-                "has a prompt that the chat template writes differently before its two answers"
-            )
+        _check_apart(answers, "as its chosen and its rejected answer")
         if not self.with_margin:
             return answers, 0
         margin = np.float64(shapes.margin(row, self.source))
         return answers, int(margin.view(np.int64))
+
+
+class RankingEncoder(_PreferenceEncoder):
+    """Rows with `count` answers to one prompt in order of preference: as many documents each, best first."""
+
+    def __init__(self, *args: Any, count: int, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.count = count
+
+    def render(self, row: dict[str, Any]) -> tuple[list[_Answer], int]:
+        ranking, tools = shapes.ranking(row, self.source), shapes.tools(row)
+        if len(ranking.answers) != self.count:
+            raise shapes.RowError(
+                f"has {len(ranking.answers)} answers; expected are {self.count}",
+                hint="set data.answers, one number for all rows, or data.on_bad_sample: skip",
+            )
+        answers = [self._answer(ranking.prompt, one, tools) for one in ranking.answers]
+        _check_apart(answers, "in two of its answers")
+        return answers, 0
+
+
+def _check_apart(answers: list[_Answer], where: str) -> None:
+    """Raise RowError where two answers are the same, or their prompts are not."""
+    texts = [one.rendered.text for one in answers]
+    if len(set(texts)) < len(texts):
+        raise shapes.RowError(
+            f"has the same text {where}",
+            hint="leave such rows out, or set data.on_bad_sample: skip",
+        )
+    if len({one.rendered.text[: one.border] for one in answers}) > 1:
+        raise shapes.RowError(
+            "has a prompt that the chat template writes differently before its answers"
+        )
 
 
 class UnpairedEncoder(_PreferenceEncoder):

@@ -1,7 +1,7 @@
 """Documents of preferences → samples: what belongs together stays together.
 
-A *unit* is what one row became: the two documents of a pair, chosen first, or the one of an
-unpaired answer. Units are cut, dropped, held out and packed as wholes.
+A *unit* is what one row became: the two documents of a pair, chosen first, those of a ranking, the best
+first, or the one of an unpaired answer. Units are cut, dropped, held out and packed as wholes.
 """
 
 from __future__ import annotations
@@ -53,7 +53,11 @@ class _PreferenceSamples(DocumentSamples):
 
 class PairSamples(_PreferenceSamples):
     """Samples of pairs: `segment_ids` is 2 · pair + (0 chosen | 1 rejected). With margins, `margin` is
-    that of the pair at every token, the 64 bits of a float as an integer."""
+    that of the pair at every token, the 64 bits of a float as an integer. Of rankings of K answers,
+    `segment_ids` is K · ranking + place, 0 the best."""
+
+    unit = 2
+    """Documents of a unit."""
 
     def __getitem__(self, index: int) -> Sample:
         sample = super().__getitem__(index)
@@ -66,7 +70,7 @@ class PairSamples(_PreferenceSamples):
 
     def sample_id(self, index: int) -> str:
         """Places of the sample's first pairs: "train.jsonl:17, train.jsonl:4 … +5"."""
-        pairs = self._bounds(index)[::2]
+        pairs = self._bounds(index)[:: self.unit]
         named = []
         for piece in pairs[:_NAMED]:
             part, document = self._where(piece)
@@ -130,12 +134,12 @@ def preference_samples(
 ) -> Prepared:
     """The samples of a set of preferences.
 
-    documents: of a unit, 2 for pairs. mismatched: behind each judged answer its prompt with another one's
-    (`mismatched.py`), which is a second document of the unit. Each document has at most `cut.max_length`
-    tokens; a sample holds one unit, or with packing as many as fit into as many times as many tokens as a
-    unit has documents. Its weight is the number of its units. Under `truncate_left` both documents of a
-    pair lose as much, and only of their prompt; a unit that would lose its prompt or an answer is dropped
-    (`cut_to_nothing`). Raises RecipeError where a unit is too long under `error`.
+    documents: of a unit, 2 for pairs, K for rankings of K answers. mismatched: behind each judged answer its
+    prompt with another one's (`mismatched.py`), which is a second document of the unit. Each document has at
+    most `cut.max_length` tokens; a sample holds one unit, or with packing as many as fit into as many times
+    as many tokens as a unit has documents. Its weight is the number of its units. Under `truncate_left` all
+    documents of a unit lose as much, and only of their prompt; a unit that would lose its prompt or an
+    answer is dropped (`cut_to_nothing`). Raises RecipeError where a unit is too long under `error`.
     """
     parts = [Documents(source.folder) for source in sources]
     kind = f"preferences of {documents}" + (" with mismatched answers" if mismatched else "")
@@ -147,8 +151,11 @@ def preference_samples(
     entry = cache.obtain(
         store.root / "samples", key, prepare, missing_ok=store.missing_ok, what="the packed data"
     )
-    made: type[DocumentSamples] = PairSamples if documents == 2 else UnpairedSamples
-    made = MismatchedSamples if mismatched else made
+    if documents > 1:
+        pairs = PairSamples(entry, parts)
+        pairs.unit = documents
+        return Prepared(pairs, cache.facts(entry))
+    made = MismatchedSamples if mismatched else UnpairedSamples
     return Prepared(made(entry, parts), cache.facts(entry))
 
 
@@ -264,10 +271,10 @@ class _Plan:
             return packing.Pieces(pieces.document, start, length), stays
         cut = packing.Pieces(pieces.document, pieces.start, np.minimum(pieces.length, most))
         stays = self._each(trained_counts(self.parts, cut) > 0)
-        if count == 2:
+        if count > 1:
             for unit in np.flatnonzero(stays & ~whole):
-                chosen, rejected = (self._tokens(cut, 2 * int(unit) + one) for one in range(2))
-                stays[unit] = not np.array_equal(chosen, rejected)
+                answers = {self._tokens(cut, count * int(unit) + n).tobytes() for n in range(count)}
+                stays[unit] = len(answers) == count
         return cut, stays
 
     def _each(self, holds: NDArray[np.bool_]) -> NDArray[np.bool_]:
@@ -288,16 +295,18 @@ class _Plan:
         raise IndexError(document)
 
     def _labels(self, pieces: packing.Pieces) -> dict[str, int]:
-        """How many pairs there are, or how many of the answers are wanted."""
+        """How many pairs or rankings there are, or how many of the answers are wanted."""
         if self.documents == 2:
             return {"pairs": len(pieces) // 2}
+        if self.documents > 2:
+            return {"rankings": len(pieces) // self.documents, "answers": self.documents}
         wanted = int(self._column("desirable")[pieces.document].sum())
         return {"desirable": wanted, "undesirable": len(pieces) - wanted}
 
     def _too_long(self, pieces: packing.Pieces, long: NDArray[np.bool_]) -> RecipeError:
         longest = int(np.argmax(pieces.length))
         part, document = self._where(int(pieces.document[longest]))
-        what = "pairs" if self.documents == 2 else "answers"
+        what = {1: "answers", 2: "pairs"}.get(self.documents, "rankings")
         return RecipeError(
             Problem(
                 f"{int(long.sum()):,} {what} are longer than {self.cut.max_length:,} tokens, the "

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from arctic_like.data.base import Shape, SourceConfig
 
 __all__ = [
-    "Message", "Pair", "RowError", "Steps", "Unpaired", "conversation", "margin", "pair", "stepwise",
-    "text", "tokens", "tools", "unpaired",
+    "Message", "Pair", "Ranking", "RowError", "Steps", "Unpaired", "conversation", "margin", "pair",
+    "ranking", "stepwise", "text", "tokens", "tools", "unpaired",
 ]  # fmt: skip
 
 _CONVERSATIONS: list[tuple[Shape, tuple[str, ...]]] = [
@@ -49,6 +49,14 @@ class Pair:
     prompt: list[Message]
     chosen: list[Message]
     rejected: list[Message]
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Several answers to one prompt, the best first. Answers begin and end with the assistant."""
+
+    prompt: list[Message]
+    answers: list[list[Message]]
 
 
 @dataclass(frozen=True)
@@ -289,10 +297,58 @@ def stepwise(row: dict[str, Any], config: SourceConfig) -> Steps:
 def margin(row: dict[str, Any], config: SourceConfig) -> float:
     """By how much the chosen answer was judged better: the column `margin`. Raises RowError."""
     value = _stated(row, "margin", config)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if not _is_number(value):
         raise RowError(f"has {kind(value)} in 'margin'; expected is a finite number",
                        hint="set data.margin to false, or give every pair its margin")  # fmt: skip
     return float(value)
+
+
+def ranking(row: dict[str, Any], config: SourceConfig) -> Ranking:
+    """The ranking of a row: `prompt` and `answers`, the best first unless `ranks` (1 is the best) or `scores`
+    (the highest is) say otherwise. Raises RowError, also where two answers are as good as each other."""
+    if config.shape != "auto":
+        raise RowError(f"is read as `shape: {config.shape}`, which is no ranking",
+                       hint="leave `shape` out")  # fmt: skip
+    for name in ("prompt", "answers"):
+        if name not in row and name not in config.role_mapping:
+            raise RowError(f"has the columns {names(row)}; expected is `prompt`, `answers`",
+                           hint=f"say which they are: `role_mapping: {{{name}: …}}`")  # fmt: skip
+    values = _stated(row, "answers", config)
+    if not isinstance(values, list) or len(values) < 2:
+        raise RowError(
+            f"has {kind(values)} in 'answers'; expected is a list of two answers or more"
+        )
+    answers = [
+        _checked_answer(messages_or_text(one, "answers", "assistant", config), "answers")
+        for one in values
+    ]
+    prompt = checked(_system(row, config) + _prompt(row, config))
+    return Ranking(prompt, [answers[place] for place in _best_first(row, len(answers), config)])
+
+
+def _best_first(row: dict[str, Any], count: int, config: SourceConfig) -> list[int]:
+    """The places of a row's answers in the order of preference."""
+    stated = [name for name in ("ranks", "scores") if name in row or name in config.role_mapping]
+    if not stated:
+        return list(range(count))
+    if len(stated) > 1:
+        raise RowError("has 'ranks' and 'scores'", hint="keep one of them")
+    (name,) = stated
+    values = _stated(row, name, config)
+    if not isinstance(values, list) or len(values) != count or not all(map(_is_number, values)):
+        raise RowError(
+            f"has {kind(values)} in {name!r}; expected are {count} numbers, one an answer"
+        )
+    if len(set(values)) < count:
+        raise RowError(
+            f"has answers as good as each other in {name!r} ({values}); expected is a strict order",
+            hint="leave out one of them, or set data.on_bad_sample: skip",
+        )
+    return sorted(range(count), key=values.__getitem__, reverse=name == "scores")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 _MAP_PROMPT = "add the column `prompt`, or map it with `role_mapping: {prompt: …}`"

@@ -48,6 +48,17 @@ def plackett_luce(rewards: Tensor, *, present: Tensor | None = None) -> Tensor:
     return torch.where(present, totals - rewards, 0.0).sum(1)
 
 
+def pairwise(rewards: Tensor) -> Tensor:
+    """The mean of -log σ(r_j - r_k) over the K (K - 1) / 2 pairs of a ranking in which j stands before k,
+    (rankings,): Ouyang et al. 2022 (arXiv:2203.02155), eq. 1. rewards: (rankings, K), best first.
+    """
+    import torch
+
+    count = rewards.shape[1]
+    better, worse = torch.triu_indices(count, count, offset=1, device=rewards.device)
+    return bradley_terry(rewards[:, better], rewards[:, worse]).mean(1)
+
+
 def step_classes(logits: Tensor, labels: Tensor) -> Tensor:
     """Cross-entropy at the ends of steps, (batch, length) in at least float32, 0 where no step ends.
 

@@ -42,6 +42,7 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "sft": "arctic_like.data.factory:SFTDataFactory",
         "causal": "arctic_like.data.factory:CausalDataFactory",
         "dpo": "arctic_like.data.preference:DPODataFactory",
+        "ranking": "arctic_like.data.preference:RankingDataFactory",
         "kto": "arctic_like.data.preference:KTODataFactory",
         "stepwise": "arctic_like.data.stepwise:StepwiseDataFactory",
         "embedding": "arctic_like.data.pairs_of_texts:EmbeddingDataFactory",

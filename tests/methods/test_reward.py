@@ -11,7 +11,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from arctic_like.methods.reward import bradley_terry, plackett_luce, step_classes, step_scores
+from arctic_like.methods.reward import (
+    bradley_terry,
+    pairwise,
+    plackett_luce,
+    step_classes,
+    step_scores,
+)
 
 
 def drawn(*shape: int, seed: int = 0, scale: float = 1.0) -> torch.Tensor:
@@ -116,3 +122,19 @@ def test_low_precision_is_widened() -> None:
     labels = torch.tensor([[1, 0]])
     assert step_classes(torch.randn(1, 2, 2).bfloat16(), labels).dtype == torch.float32
     assert step_scores(torch.randn(1, 2).bfloat16(), labels).dtype == torch.float32
+
+
+def test_pairs_of_a_ranking_are_all_ordered_ones() -> None:
+    """The mean of Bradley and Terry's loss over (K choose 2) pairs, by a loop."""
+    torch.manual_seed(3)
+    rewards = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
+    expected = [
+        sum(-torch.log(torch.sigmoid(row[j] - row[k])) for j in range(5) for k in range(j + 1, 5))
+        / 10
+        for row in rewards
+    ]
+    found = pairwise(rewards)
+    assert torch.allclose(found, torch.stack(expected), rtol=1e-12)
+    one, other = (torch.autograd.grad(loss.sum(), rewards, retain_graph=True)[0]
+                  for loss in (found, torch.stack(expected)))  # fmt: skip
+    assert torch.allclose(one, other, rtol=1e-10)
