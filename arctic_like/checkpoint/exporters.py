@@ -176,16 +176,18 @@ def whole_copy(module: nn.Module) -> Iterator[nn.Module | None]:
     import torch
 
     from arctic_like.engine.weights import iterate_weights
+    from arctic_like.model.projections import drop_projections
 
     copy = _skeleton(module) if _is_main() else None
     places: dict[str, Any] = {}
     if copy is not None:
+        drop_projections(copy)
         places = {
             **dict(copy.named_parameters(remove_duplicate=False)),
             **dict(copy.named_buffers()),
         }
     for name, tensor in iterate_weights(module):
-        if copy is not None and tensor is not None:
+        if tensor is not None and name in places:
             with torch.no_grad():
                 places[name].data = tensor.float() if tensor.is_floating_point() else tensor
     with _plain_linear():

@@ -71,5 +71,5 @@ def coarse(logits: Tensor, tokens: Tensor, *, temperature: float) -> Tensor:
 
 def state_distance(student: Tensor, teacher: Tensor) -> Tensor:
     """Mean squared difference of hidden states, (tokens,): Jiao et al. 2020 (TinyBERT, arXiv:1909.10351),
-    eq. 8, without its projection. student, teacher: (tokens, width)."""
+    eq. 8. student, teacher: (tokens, width), the student's behind its projection where it has one."""
     return (student.float() - teacher.float()).square().mean(-1)

@@ -70,6 +70,9 @@ class HFModelConfig(ModelConfig):
     save_name: str | None = None
     """Accepted from other recipes; without effect."""
 
+    hidden_projections: dict[int, int] = Field(default_factory=dict)
+    """Layer → width to which its hidden states are mapped; `hidden_projection` of `type: distill` sets it."""
+
     @model_validator(mode="after")
     def _one_origin(self) -> Self:
         hint = "set model.name_or_path, or model.config: {model_type: llama, …} for random weights"
@@ -80,6 +83,13 @@ class HFModelConfig(ModelConfig):
         if self.config is not None and not isinstance(self.config.get("model_type"), str):
             raise wrong("says no model_type", place="config", hint="add model_type: llama")
         return self
+
+    @field_validator("hidden_projections")
+    @classmethod
+    def _is_the_trainers(cls, value: dict[int, int]) -> dict[int, int]:
+        if value:
+            raise wrong("is the trainer's to set", hint="leave it out; set hidden_projection")
+        return value
 
     @field_validator("peft_config")
     @classmethod
@@ -157,6 +167,7 @@ class HFModelFactory(ModelFactory):
         set_generation(base, tokenizer)
         # A cache makes transformers forget the borders of packed documents.
         base.config.use_cache = False
+        self._add_projections(base, seed=seed)
         ready: nn.Module = base
         if self.config.adapted:
             from arctic_like.model.adapters.recipe import adapted
@@ -186,8 +197,15 @@ class HFModelFactory(ModelFactory):
         if self.config.name_or_path:
             self._take_generation(model)
         set_generation(model, tokenizer)
+        self._add_projections(model, seed=seed)
         ready: nn.Module = model
         return ready
+
+    def _add_projections(self, model: PreTrainedModel, *, seed: int) -> None:
+        if self.config.hidden_projections:
+            from arctic_like.model.projections import add_projections
+
+            add_projections(model, self.config.hidden_projections, seed=seed)
 
     def _take_generation(self, model: PreTrainedModel) -> None:
         """The generation config that comes with the pretrained model, if any does."""

@@ -64,7 +64,11 @@ class DistillConfig(TrainerConfig):
 
     hidden_layers: dict[HumanInt, HumanInt] = Field(default_factory=dict)
     """Layer of the student → layer of the teacher whose hidden states it learns: `{1: 2, 2: 4}`. They count
-    from 1; 0 are the embeddings. Both must have one width."""
+    from 1; 0 are the embeddings. Both must have one width, or there is a `hidden_projection`."""
+
+    hidden_projection: HumanInt | None = Field(default=None, ge=1)
+    """Width of the teacher's hidden states: the student's are mapped to it, each of `hidden_layers` by a
+    matrix of its own, which is trained with it, saved and resumed, and in no export."""
 
     hidden_weight: Annotated[HumanFloat, Field(ge=0)] = 1.0
     """Weight of the mean squared difference of hidden states, the mean over `hidden_layers`."""
@@ -77,6 +81,27 @@ class DistillConfig(TrainerConfig):
     def built_apart(self) -> tuple[str, ...]:
         """Learners that are described and not built with the run: a teacher that is asked once."""
         return (TEACHER,) if self.teacher_cache is not None else ()
+
+    @model_validator(mode="after")
+    def _projections_of_the_student(self) -> Self:
+        """The student has the matrices: not stated, so a recipe that is written out does not say them."""
+        if self.hidden_projection is None:
+            return self
+        problem = None
+        if not self.hidden_layers:
+            problem = Problem("is given, but no states are compared", "hidden_projection",
+                              "set hidden_layers, or leave it out")  # fmt: skip
+        elif getattr(self.model, "adapted", False):
+            problem = Problem("is given, but is not built for a student with an adapter",
+                              "hidden_projection", "train all weights, or leave it out")  # fmt: skip
+        if problem is not None:
+            raise_problems(type(self).__name__, [problem])
+        key = "hidden_projections"
+        widths = dict.fromkeys(self.hidden_layers, self.hidden_projection)
+        made = self.model.model_copy(update={key: widths})
+        made.model_fields_set.discard(key)
+        self.__dict__["model"] = made
+        return self
 
     @model_validator(mode="after")
     def _kept_or_hidden(self) -> Self:
@@ -151,12 +176,14 @@ class DistillTrainer(CausalTrainer):
                         Problem(f"names layer {number}; the {what} has {layers}", "hidden_layers")
                     )
         widths = [int(m.config.get_text_config().hidden_size) for m in (student, teacher)]
-        if self.config.hidden_layers and widths[0] != widths[1]:
+        own = self.config.hidden_projection or widths[0]
+        if self.config.hidden_layers and own != widths[1]:
+            place = "hidden_projection" if self.config.hidden_projection else "hidden_layers"
             raise RecipeError(
                 Problem(
-                    f"compares states of {widths[0]} values with states of {widths[1]}",
-                    "hidden_layers",
-                    "take a student of the teacher's hidden_size, or leave it out",
+                    f"compares states of {own} values with states of {widths[1]}",
+                    place,
+                    f"set hidden_projection: {widths[1]}, a trained map of the student's states",
                 )
             )
 
@@ -329,6 +356,8 @@ def _states(trainer: DistillTrainer, wanted: bool) -> Iterator[dict[str, list[Te
     def keep(name: str) -> Callable[..., None]:
         def hook(_: Any, __: Any, output: Any) -> None:
             seen[name] = list(output.hidden_states)
+            for layer, projected in getattr(output, "projected", {}).items():
+                seen[name][layer] = projected
 
         return hook
 

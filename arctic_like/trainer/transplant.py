@@ -32,7 +32,9 @@ def transplant(engine: Engine, begin: WeightsFromConfig | None) -> Match | None:
     if engine.host.world.is_main:
         try:
             found = read_any(Path(begin.path))
-            result = match(own_shapes(engine), {k: list(v.shape) for k, v in found.items()}, begin)
+            elsewhere = _never_exported(engine) - found.keys()
+            own = {name: s for name, s in own_shapes(engine).items() if name not in elsewhere}
+            result = match(own, {k: list(v.shape) for k, v in found.items()}, begin)
         except ArcticError as problem:
             error = problem
     engine.host.raise_together(error)
@@ -41,6 +43,11 @@ def transplant(engine: Engine, begin: WeightsFromConfig | None) -> Match | None:
     fill(engine, found, result.taken)
     logger.info(result.report(str(begin.path)))
     return result
+
+
+def _never_exported(engine: Engine) -> set[str]:
+    """Weights that only training needs, and exports do not hold."""
+    return set(getattr(engine.module, "_keys_to_ignore_on_save", None) or ())
 
 
 def own_shapes(engine: Engine) -> dict[str, list[int]]:
