@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -12,9 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 
 from arctic_like import load_recipe, run
+from arctic_like.cli.main import VERBS, Verbs
 
 ROOT = Path(__file__).parent.parent
 README, CUSTOM = ROOT / "README.md", ROOT / "docs" / "custom_trainer.md"
@@ -146,13 +149,89 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert anchor in anchors, anchor
 
 
+COMMANDS = [
+    (page.name, line)
+    for page in PAGES
+    for line in re.findall(r"^    (?:.*\| )?(arctic-train .+)$", page.read_text(), re.M)
+]
+
+
+LAUNCHES = {
+    "": (),
+    "resume": ("--step",),
+    "evaluate": ("--model", "--step", "--output", "--harness"),
+}
+"""Verbs whose other options are the launcher's, with their own, each of which has a value."""
+
+
+@pytest.mark.parametrize(("page", "line"), COMMANDS)
+def test_every_command_on_a_page_can_be_given(page: str, line: str) -> None:
+    """Its verb is one, its options are the verb's or the launcher's, its recipe lies where it says."""
+    from arctic_like.cli.launcher_options import parse_launcher_options
+
+    words = shlex.split(re.sub(r"\[.*?\]|…", "", line), comments=True)[1:]
+    verb = words.pop(0) if words[0] in VERBS else ""
+    shown = {
+        f"recipes/{name}"
+        for one in PAGES
+        for name in re.findall(r"^# (\S+\.yaml)$", one.read_text(), re.M)
+    }
+    for word in words:
+        assert not word.startswith("recipes/") or (ROOT / word).exists() or word in shown, line
+    if verb not in LAUNCHES:
+        options = {word.partition("=")[0] for word in words if word.startswith("--")}
+        assert options <= options_of(verb, words), line
+        return
+    for name in LAUNCHES[verb]:
+        if name in words:
+            del words[words.index(name) : words.index(name) + 2]
+    first = next((n for n, word in enumerate(words) if word.startswith("--")), len(words))
+    parse_launcher_options(words[first:])
+
+
+def options_of(verb: str, words: list[str]) -> set[str]:
+    """The options that a verb has, or its part that the words name (`cache remove`)."""
+    command: Any = Verbs().get_command(click.Context(click.Group()), verb)
+    own = {name for parameter in command.params for name in parameter.opts}
+    part = getattr(command, "commands", {}).get(next(iter(words), ""))
+    return own | ({name for p in part.params for name in p.opts} if part else set())
+
+
+def test_the_commands_are_looked_at() -> None:
+    assert len(COMMANDS) > 40
+    assert {"generate.md", "evaluate.md", "speculator.md"} <= {page for page, _ in COMMANDS}
+
+
+def test_rows_on_the_page_of_prompts_are_read(tmp_path: Path) -> None:
+    from arctic_like.cli.prompt_rows import read_rows
+
+    rows = re.findall(r"^    (\{.*\})$", (ROOT / "docs/generate.md").read_text(), re.M)
+    assert len(rows) == 3
+    (tmp_path / "prompts.jsonl").write_text("\n".join(rows))
+    assert [row.messages is None for row in read_rows(tmp_path / "prompts.jsonl", answer_key="answer")] == [
+        True, False, False,
+    ]  # fmt: skip
+
+
+def test_words_for_the_harness_on_the_page_are_known() -> None:
+    from arctic_like.cli.harness import ARGUMENTS, read_request
+
+    text = (ROOT / "docs/evaluate.md").read_text()
+    for tasks, words in re.findall(
+        r"^    arctic-train evaluate \S+ --harness (\S+) (.+)$", text, re.M
+    ):
+        assert read_request(tasks, words.split()).tasks
+    named = set(
+        re.findall(r"`(\w+)`", text.split("under its own names")[1].split("One process")[0])
+    )
+    assert named == set(ARGUMENTS)
+
+
 def headings(text: str) -> list[str]:
     return re.findall(r"^#+ (.+)$", text, re.M)
 
 
 def test_the_readme_has_every_verb_and_no_other() -> None:
-    from arctic_like.cli.main import VERBS
-
     table = re.findall(r"^\| `arctic-train (\w+)", README.read_text(), re.M)
     assert set(table) - {"RECIPE"} == set(VERBS)
     assert len(table) == len(VERBS) + 1

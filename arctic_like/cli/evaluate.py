@@ -23,7 +23,7 @@ WORKER = "arctic_like.cli.evaluate_worker"
 REQUEST, RESULT = "request.json", "result.json"
 """What the command tells the ranks and what rank zero answers, in the run's private folder."""
 
-OPTIONS = ("--model", "--step", "--output")
+OPTIONS = ("--model", "--step", "--output", "--harness")
 QUIET = ("trackers=[]", "wandb.enable=false", "checkpoint=[]", "exporters=[]", "test_only=false",
          "train_log_metrics_path=null", "kill_switch_path=null", "logger.output_dir=null")  # fmt: skip
 """What would write elsewhere, save, or end before the evaluation sets."""
@@ -46,7 +46,7 @@ class Weights:
     cls=Words,
     name="evaluate",
     options_metavar="RECIPE|RUN_DIR [key=value …] [--model PATH] [--step N] [--output FILE] "
-    "[launcher options]",
+    "[--harness TASKS] [launcher options]",
     context_settings={"max_content_width": 80},
 )
 def command(words: list[str]) -> int:
@@ -57,6 +57,11 @@ def command(words: list[str]) -> int:
     model's folder, a checkpoint, a file of weights.
 
     Prints a table and writes evaluation.json, into the run directory, or here for a recipe.
+
+    --harness arc_easy,hellaswag runs tasks of lm-evaluation-harness (the extra
+    `harness`) in place of the recipe's sets, on the model of a run directory or a
+    model's folder; key=value is then for the harness: limit=100, num_fewshot=5. Writes
+    harness.json.
     """
     spoken = ["arctic-train", "evaluate", *words]
     words, own = take_options(words)
@@ -64,6 +69,8 @@ def command(words: list[str]) -> int:
         raise click.UsageError("name a recipe or a run directory: arctic-train evaluate RUN_DIR")
     line = split_words(words)
     source = Path(line.target)
+    if "--harness" in own:
+        return _by_harness(source, line, own, argv=spoken)
     is_run = source.is_dir()
     weights = find_weights(source, model=own.get("--model"), step=own.get("--step"))
     file = source / "recipe.yaml" if is_run else source
@@ -89,6 +96,20 @@ def command(words: list[str]) -> int:
     write(target, {**facts, **found})
     show(found["sets"], weights=weights.source, target=target)
     return 0
+
+
+def _by_harness(source: Path, line: Any, own: Mapping[str, str], *, argv: list[str]) -> int:
+    from arctic_like.cli import harness
+
+    if line.launcher_options:
+        raise click.UsageError(
+            f"{line.launcher_options[0]} is the launcher's; the harness runs in one process"
+        )
+    return harness.measure(
+        Path(own.get("--model", source)), harness.read_request(own["--harness"], line.overrides),
+        step=own.get("--step"), target=Path(own["--output"]) if "--output" in own else None,
+        argv=argv,
+    )  # fmt: skip
 
 
 def take_options(words: Sequence[str]) -> tuple[list[str], dict[str, str]]:
