@@ -144,10 +144,15 @@ def _from_export(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
         from arctic_like.checkpoint.adapters import load_adapter
 
         return load_adapter(folder)
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
+
+    from arctic_like.model.adapters.tasks import auto_class, task_of
 
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+        architectures = json.loads((folder / "config.json").read_text()).get("architectures")
+        model: PreTrainedModel = auto_class(task_of(architectures)).from_pretrained(
+            folder, dtype="auto"
+        )
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, ImportError) as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), repr(error))

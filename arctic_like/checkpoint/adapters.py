@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from arctic_like.errors import CheckpointError, Problem, RecipeError
-from arctic_like.model.adapters import fingerprint
+from arctic_like.model.adapters import fingerprint, tasks
 from arctic_like.model.adapters.build import BASE, NAME, adapter_weights, from_folder
 from arctic_like.model.adapters.convert import as_lora, config_as_lora, took_from_base
+from arctic_like.model.embedding import without_pooler
 
 if TYPE_CHECKING:
     import torch
@@ -90,7 +91,7 @@ def load_adapter(folder: Path, *, base: str | None = None) -> tuple[Any, PreTrai
     a base that the adapter does not belong to, CheckpointError where something cannot be read.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     from arctic_like.config.values import TORCH_DTYPES
 
@@ -105,9 +106,12 @@ def load_adapter(folder: Path, *, base: str | None = None) -> tuple[Any, PreTrai
             )  # fmt: skip
         dtype = getattr(torch, TORCH_DTYPES[about["dtype"]]) if about else "auto"
         revision = None if base else config.get("revision")
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, revision=revision
+        task = config.get("task_type") or tasks.CAUSAL
+        model: PreTrainedModel = tasks.auto_class(task).from_pretrained(
+            name, dtype=dtype, revision=revision, **tasks.with_labels(about)
         )
+        if task == "FEATURE_EXTRACTION":
+            without_pooler(model)
         has_tokenizer = (folder / "tokenizer_config.json").is_file()
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             str(folder) if has_tokenizer else name
@@ -115,12 +119,15 @@ def load_adapter(folder: Path, *, base: str | None = None) -> tuple[Any, PreTrai
     except (OSError, ValueError, ImportError) as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), repr(error))
         raise CheckpointError(f"{folder} cannot be loaded: {reason.strip()}") from error
-    stated = {key: about.get(key) for key in ("dtype", "quantization")}
+    stated: dict[str, Any] = {
+        key: about[key] for key in ("dtype", "quantization", "labels") if key in about
+    }
     own = from_folder(
         model,
         folder,
         about={"name_or_path": name, "revision": revision, **stated},
         place="the adapter",
+        task=task,
     )
     return own, tokenizer
 
@@ -128,9 +135,12 @@ def load_adapter(folder: Path, *, base: str | None = None) -> tuple[Any, PreTrai
 def _short_targets(module: Any) -> set[str]:
     """The last parts of the targets' names, where these say the same; empty where they do not.
 
-    peft writes `all-linear` out as whole names of every layer.
+    peft writes `all-linear` out as whole names of every layer. Of a model whose pooler was taken away it
+    is the whole names: those of others have one, which a short name could mean as well.
     """
     targeted = set(getattr(module.base_model, "targeted_module_names", ()))
+    if getattr(module.get_base_model(), "pooler", module) is None:
+        return set() if hasattr(module.peft_config[NAME], "feedforward_modules") else targeted
     short = {name.rpartition(".")[2] for name in targeted}
     names = (name for name, _ in module.get_base_model().named_modules())
     same = {name for name in names if name.rpartition(".")[2] in short} == targeted

@@ -69,7 +69,18 @@ def load(path: Path, *, device: str) -> tuple[Any, PreTrainedTokenizerBase, str]
         on = device_for(device)
         be_quiet()
         model, tokenizer = load_for_inference(path, device=on)
+        check_writes(model, path)
     return model, tokenizer, on
+
+
+def check_writes(model: Any, path: Path) -> None:
+    """Raise RecipeError for a model that scores, classifies or embeds: it has no next token."""
+    if not model.can_generate():
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        raise RecipeError(
+            Problem(f"is a {type(base).__name__}, which writes no text", file=str(path),
+                    hint="name a language model")
+        )  # fmt: skip
 
 
 def device_for(asked: str) -> str:

@@ -146,6 +146,7 @@ def load(
         on = chat.device_for(device)
         chat.be_quiet()
         model, tokenizer = load_adapter(adapter, base=place)
+        chat.check_writes(model, adapter)
     model.config.use_cache = True
     return model.to(on).eval(), tokenizer, on
 

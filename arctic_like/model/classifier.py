@@ -8,11 +8,10 @@ head gives scores of every token (decoders) those of its last one, which is the 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from arctic_like.config.base import wrong
 from arctic_like.errors import Problem, RecipeError
 from arctic_like.model.huggingface import HFModelConfig, HFModelFactory
 from arctic_like.model.scoring import ScoringModelFactory, score_every_token
@@ -32,6 +31,8 @@ _AUTO = {
 class ClassifierConfig(HFModelConfig):
     """A model that gives texts, or their tokens, scores of labels."""
 
+    adapter_tasks = ("SEQ_CLS", "TOKEN_CLS")
+
     type: str = "classifier"
 
     task: Literal["sequence", "token"] = "sequence"
@@ -43,13 +44,10 @@ class ClassifierConfig(HFModelConfig):
     labels: list[str] = Field(default_factory=list)
     """The labels by their numbers, those of the data unless given; `data.labels` sets it."""
 
-    @model_validator(mode="after")
-    def _no_adapter(self) -> Self:
-        for key in ("peft_config", "adapter", "quantization"):
-            if getattr(self, key) is not None:
-                raise wrong("is not built for models that classify", place=key,
-                            hint="leave it out: the whole model is trained")  # fmt: skip
-        return self
+    @property
+    def adapter_task(self) -> str:
+        """See `HFModelConfig.adapter_task`."""
+        return "SEQ_CLS" if self.task == "sequence" else "TOKEN_CLS"
 
 
 class ClassifierFactory(ScoringModelFactory):

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from arctic_like.config.base import wrong
 from arctic_like.config.values import HumanFloat
 from arctic_like.model.huggingface import HFModelConfig, HFModelFactory
 from arctic_like.model.scoring import ScoringModelFactory
@@ -29,6 +28,8 @@ Pooling = Literal["mean", "last", "cls"]
 class EmbeddingModelConfig(HFModelConfig):
     """A model that makes vectors of texts."""
 
+    adapter_tasks = ("FEATURE_EXTRACTION",)
+
     type: str = "embedding"
 
     pooling: Pooling = "mean"
@@ -37,14 +38,6 @@ class EmbeddingModelConfig(HFModelConfig):
 
     learned_temperature: HumanFloat | None = Field(default=None, gt=0)
     """Where a temperature begins that is trained with the model; `learn_temperature` sets it."""
-
-    @model_validator(mode="after")
-    def _no_adapter(self) -> Self:
-        for key in ("peft_config", "adapter", "quantization"):
-            if getattr(self, key) is not None:
-                raise wrong("is not built for models that embed", place=key,
-                            hint="leave it out: the whole model is trained")  # fmt: skip
-        return self
 
 
 class EmbeddingModelFactory(ScoringModelFactory):

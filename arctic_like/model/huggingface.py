@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
@@ -29,6 +30,9 @@ class HFModelConfig(ModelConfig):
         "arch_variant": "name a model of the wanted shape, or give its shape in model.config",
     }
     no_effect = {"save_name": "an export is named by its step: exports/step-N in the run"}
+
+    adapter_tasks: ClassVar[tuple[str, ...]] = ("CAUSAL_LM",)
+    """peft's types of task that the model's kind may have."""
 
     type: str = "huggingface"
 
@@ -95,7 +99,7 @@ class HFModelConfig(ModelConfig):
     @classmethod
     def _of_peft(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
         if value is not None:
-            check(value)
+            check(value, tasks=cls.adapter_tasks)
         return value
 
     @model_validator(mode="after")
@@ -107,6 +111,11 @@ class HFModelConfig(ModelConfig):
     def adapted(self) -> bool:
         """Whether an adapter is trained, and the model itself frozen."""
         return self.peft_config is not None or self.adapter is not None
+
+    @property
+    def adapter_task(self) -> str:
+        """peft's type of what an adapter is trained for."""
+        return self.adapter_tasks[0]
 
     @property
     def engine_dtype(self) -> DType:
@@ -131,6 +140,8 @@ class HFModelFactory(ModelFactory):
     """The name of transformers' class that makes the model."""
     missing_level: ClassVar[str] = "WARNING"
     """How weights are told of that a pretrained model does not bring."""
+    _drawn: Sequence[str] = ()
+    """Names of such weights of the model that was made."""
 
     def facts(self) -> ModelFacts:
         """Positions, sizes and the like from the model's config. Raises RecipeError as `build`."""
@@ -172,7 +183,9 @@ class HFModelFactory(ModelFactory):
         if self.config.adapted:
             from arctic_like.model.adapters.recipe import adapted
 
-            ready = adapted(base, self.config, tokenizer, seed=seed, zero=zero, world=world)
+            ready = adapted(
+                base, self.config, tokenizer, seed=seed, zero=zero, world=world, drawn=self._drawn
+            )
         if not self.config.keeps_activations:
             self._checkpoint_activations(base)
         return ready.train()
@@ -238,6 +251,7 @@ class HFModelFactory(ModelFactory):
             )
         except (OSError, ValueError, ImportError) as error:
             raise RecipeError(self._not_buildable(error)) from error
+        self._drawn = missing
         if missing and world.is_main:
             from loguru import logger
 

@@ -8,41 +8,35 @@ num_labels): transformers would pool one score a row, and a packed row holds sev
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from arctic_like.config.base import wrong
 from arctic_like.config.values import HumanInt
 from arctic_like.errors import Problem, RecipeError
 from arctic_like.model.huggingface import HFModelConfig, HFModelFactory
+from arctic_like.world import World
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-    from arctic_like.world import World
-
 
 class ScoringModelConfig(HFModelConfig):
     """A model that scores documents: the head's output at the last token."""
+
+    adapter_tasks = ("SEQ_CLS",)
 
     type: str = "scoring"
 
     num_labels: HumanInt = Field(default=1, ge=1)
     """Scores of a document; 1 for rewards."""
 
-    @model_validator(mode="after")
-    def _no_adapter(self) -> Self:
-        for key in ("peft_config", "adapter", "quantization"):
-            if getattr(self, key) is not None:
-                raise wrong("is not built for models that score", place=key,
-                            hint="leave it out: the whole model is trained")  # fmt: skip
-        return self
-
 
 class TokenScoringModelConfig(ScoringModelConfig):
     """A model that scores tokens: the head's output at each of them."""
+
+    adapter_tasks = ("TOKEN_CLS",)
 
     type: str = "token_scoring"
 
@@ -79,6 +73,11 @@ class ScoringModelFactory(HFModelFactory):
 
     def for_weights(self, *, tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> nn.Module:
         """See `HFModelFactory.for_weights`; the model's `logits` are transformers' own."""
+        if self.config.adapted:
+            return HFModelFactory.build(
+                self, tokenizer=tokenizer, seed=seed, world=World(), device="cpu", zero_stage=0,
+                ds_config={},
+            )  # fmt: skip
         from arctic_like.model.hf_config import set_generation
         from arctic_like.model.loading import unfilled
 
@@ -117,17 +116,19 @@ class TokenScoringModelFactory(ScoringModelFactory):
 
 
 def head_of(model: PreTrainedModel) -> nn.Module:
-    """The layer that makes scores of hidden states: the one beside the body with `num_labels` outputs.
-    Raises RecipeError where there is not one such."""
+    """The layer that makes scores of hidden states: the one beside the body with `num_labels` outputs; under
+    an adapter, what trains it in its place. Raises RecipeError where there is not one such."""
     from torch import nn
 
-    found = [
-        part
-        for name, part in model.named_children()
-        if name != model.base_model_prefix
-        and isinstance(part, nn.Linear)
-        and part.out_features == model.config.num_labels
-    ]
+    from arctic_like.model.adapters.build import is_adapted
+
+    plain: Any = model.get_base_model() if is_adapted(model) else model
+    beside = [part for name, part in plain.named_children() if name != plain.base_model_prefix]
+    found: list[nn.Module] = []
+    for part in beside:
+        layer = getattr(part, "original_module", part)
+        if isinstance(layer, nn.Linear) and layer.out_features == model.config.num_labels:
+            found.append(part)
     if len(found) != 1:
         raise RecipeError(
             Problem(

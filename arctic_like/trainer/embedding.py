@@ -94,8 +94,12 @@ class EmbeddingTrainer(CoupledTrainer):
     weight_unit: ClassVar[str] = "pairs"
 
     def configure(self) -> None:
-        """Raises RecipeError for Matryoshka dimensions that the model does not have."""
+        """Raises RecipeError for Matryoshka dimensions that the model does not have, and for a folder that
+        would be read wrongly."""
         module: Any = self.module
+        adapters = getattr(module, "peft_config", {}).values()
+        if any(getattr(config, "use_dora", False) for config in adapters):
+            self._refuse_folders_of_dora()
         size = int(module.config.get_text_config().hidden_size)
         if any(dim > size for dim in self.config.matryoshka_dims):
             raise RecipeError(
@@ -105,6 +109,18 @@ class EmbeddingTrainer(CoupledTrainer):
                     f"name sizes up to {size}",
                 )
             )
+
+    def _refuse_folders_of_dora(self) -> None:
+        # transformers 5.23 loads such a folder, and leaves DoRA's magnitudes out (measured: other vectors)
+        for number, engine in enumerate(self.config.checkpoint):
+            if engine.type == "sentence_transformers":
+                raise RecipeError(
+                    Problem(
+                        "would be a folder whose DoRA that library reads wrongly",
+                        f"checkpoint.{number}.type",
+                        "write type: huggingface and merge the adapter, or leave out use_dora",
+                    )
+                )
 
     def weight(self, batch: dict[str, Tensor]) -> float:
         """The number of units."""

@@ -76,13 +76,13 @@ class Jobs:
         self.add(f"{name}-resumed", made, ranks=ranks, resume="latest",
                  output_dir=str(self.folder / f"{name}-stopped"))  # fmt: skip
 
-    def drive(self) -> None:
-        """Run them."""
+    def drive(self, *, timeout: int = 300) -> None:
+        """Run them. timeout: seconds, of each launch."""
         from tests.integration.tools import drive
 
         for ranks, jobs in self.by_ranks.items():
             if jobs:
-                drive(jobs, ranks=ranks, folder=self.folder)
+                drive(jobs, ranks=ranks, folder=self.folder, timeout=timeout)
 
 
 def whole(data: Path, **changes: Any) -> dict[str, Any]:

@@ -263,7 +263,10 @@ def test_one_label_alone_is_refused(tmp_path: Path) -> None:
         ({"task": "token", "multi_label": True}, ["multi_label"]),
         ({"data__task": "token"}, ["data.task", "sequence"]),
         ({"data__labels": ["a", "a"]}, ["data.labels", "twice"]),
-        ({"model": {**CLASSIFIER, "peft_config": {"type": "lora"}}}, ["model.peft_config"]),
+        (
+            {"model": {**CLASSIFIER, "peft_config": {"type": "prompt_tuning"}}},
+            ["model.peft_config.type", "virtual tokens"],
+        ),
         ({"model": {**CLASSIFIER, "type": "huggingface"}}, ["model.type", "classifier"]),
     ],
 )

@@ -336,7 +336,10 @@ def test_rows_that_are_no_units_are_named(
         ({"matryoshka_weights": [1.0]}, ["matryoshka_weights", "1 weights for 0"]),
         ({"matryoshka_dims": [8, 8]}, ["matryoshka_dims", "twice"]),
         ({"model": {**EMBEDDING, "learned_temperature": 0.3}}, ["model.learned_temperature"]),
-        ({"model": {**EMBEDDING, "peft_config": {"type": "lora"}}}, ["model.peft_config"]),
+        (
+            {"model": {**EMBEDDING, "peft_config": {"type": "prompt_tuning"}}},
+            ["model.peft_config.type", "virtual tokens"],
+        ),
         ({"model": {**EMBEDDING, "type": "huggingface"}}, ["model.type", "embedding"]),
     ],
 )
@@ -349,6 +352,18 @@ def test_what_cannot_be_is_refused(
         load_recipe(write_recipe(tmp_path / "recipe.yaml", made))
     for words_ in said:
         assert words_ in str(caught.value)
+
+
+def test_a_folder_that_would_be_read_wrongly_is_refused_before_the_run(tmp_path: Path) -> None:
+    data = write_rows(tmp_path / "units.jsonl", units(4, seed=0))
+    write_rows(tmp_path / "eval-units.jsonl", units(4, seed=0))
+    dora = {"type": "lora", "use_dora": True, "target_modules": ["q_proj"]}
+    made = embedding(
+        whole, data, model={**EMBEDDING, "peft_config": dora}, output_dir=str(tmp_path / "run"),
+        checkpoint=[{"type": "sentence_transformers", "save_end_of_training": True}],
+    )  # fmt: skip
+    with pytest.raises(RecipeError, match=r"checkpoint\.0\.type.*DoRA"):
+        run(load_recipe(write_recipe(tmp_path / "recipe.yaml", made)))
 
 
 def test_packing_is_refused(tmp_path: Path) -> None:

@@ -43,9 +43,12 @@ def test_scores_are_those_of_the_last_tokens() -> None:
     [
         ({"model": {**SCORING, "num_labels": 2}}, ["model.num_labels", "a reward is one number"]),
         ({"model": {**SCORING, "type": "huggingface"}}, ["model.type", "scoring"]),
-        ({"model": {**SCORING, "peft_config": {"type": "lora"}}}, ["model.peft_config"]),
+        (
+            {"model": {**SCORING, "peft_config": {"type": "prefix_tuning"}}},
+            ["model.peft_config.type", "virtual tokens"],
+        ),
     ],
-    ids=["two scores", "a language model", "an adapter"],
+    ids=["two scores", "a language model", "virtual tokens"],
 )
 def test_what_cannot_score_is_refused(
     tmp_path: Path, changes: dict[str, Any], words: list[str]

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from arctic_like.errors import Problem, RecipeError
-from arctic_like.model.adapters import fingerprint, targets
+from arctic_like.model.adapters import fingerprint, targets, tasks
 from arctic_like.model.adapters.config import PROMPTS, arguments, kind_of
 from arctic_like.model.adapters.quantised import check_bitsandbytes
 from arctic_like.model.adapters.vocabulary import grow
@@ -43,25 +43,30 @@ def from_recipe(
     zero: dict[str, Any] | None,
     dtype: torch.dtype | None = None,
     rows: int = 0,
+    task: str = tasks.CAUSAL,
+    drawn: Collection[str] = (),
 ) -> Any:
     """`base`, frozen, with a new adapter of peft's config as the recipe states it. Collective at ZeRO-3.
 
     about: what is known of the base. seed: initial weights depend on it and on the modules' names only.
     zero: the DeepSpeed dictionary where `base` is partitioned (ZeRO-3). dtype: the adapter's, the base's
-    unless given. rows: the tokenizer's size; where the base has fewer, its embeddings grow. Raises
-    RecipeError for a config that does not fit.
+    unless given. rows: the tokenizer's size; where the base has fewer, its embeddings grow. task: peft's
+    type of it. drawn: names of parameters that the base's checkpoint did not bring. Raises RecipeError for
+    a config that does not fit.
     """
     peft = import_peft()
     if str(config.get("init_lora_weights")).lower() == "loftq":
         check_bitsandbytes("LoftQ", place=f"{CONFIG_PLACE}.init_lora_weights")
     kind = peft.PEFT_TYPE_TO_CONFIG_MAPPING[kind_of(config)]
     try:
-        made = kind(**arguments(config))
+        made = kind(**arguments(config, task))
     except (TypeError, ValueError) as error:
         raise RecipeError(Problem(f"peft refuses it: {error}", CONFIG_PLACE)) from error
     if problems := targets.misplaced(base, made, place=CONFIG_PLACE):
         raise RecipeError(problems)
-    found = fingerprint.fingerprint(base)
+    if brought := tasks.trained_whole(base, task, drawn):
+        made.modules_to_save = list(dict.fromkeys([*(made.modules_to_save or ()), *brought]))
+    found = _fingerprint(base, made)
     if rows > base.config.get_text_config().vocab_size:
         grow(base, rows)
     return _wrap(
@@ -77,6 +82,7 @@ def from_folder(
     zero: dict[str, Any] | None = None,
     dtype: torch.dtype | None = None,
     place: str = FOLDER_PLACE,
+    task: str = tasks.CAUSAL,
 ) -> Any:
     """`base`, frozen, with the adapter that peft or an export wrote to `folder`, trainable. As above.
 
@@ -89,11 +95,14 @@ def from_folder(
                     "give a folder that peft's save_pretrained or an export has written")
         )  # fmt: skip
     config = peft.PeftConfig.from_pretrained(str(folder))
-    config.inference_mode, config.task_type = False, "CAUSAL_LM"
+    _check_task(folder, config, task, place)
+    config.inference_mode, config.task_type = False, task
+    if task != tasks.CAUSAL:
+        config.modules_to_save = tasks.existing(base, config.modules_to_save or ())
     config.base_model_name_or_path = None  # peft would warn of a base that lies elsewhere now
     if getattr(config, "prefix_projection", False):
         config.prefix_projection = False  # files hold the prefix that the projection made
-    found = fingerprint.fingerprint(base)
+    found = _fingerprint(base, config)
     said = fingerprint.read(folder)
     if said is not None:
         if problem := fingerprint.difference(said["fingerprint"], found):
@@ -159,6 +168,8 @@ def _wrap(
                     f"peft cannot put it on this {base.config.model_type}: {reason}", place, hint
                 )
             ) from error
+    if config.task_type != tasks.CAUSAL:  # peft adds names of heads that others have
+        config.modules_to_save = tasks.existing(base, config.modules_to_save or ())
     _set_dtype(model, dtype)
     if config.is_prompt_learning and str(config.peft_type.value) != "PREFIX_TUNING":
         model.register_forward_hook(_without_virtual_tokens)
@@ -253,6 +264,31 @@ def is_prompt(model: Any) -> bool:
     if not is_adapted(model):
         return False
     return model.peft_config[NAME].peft_type.value in PROMPTS
+
+
+def _fingerprint(base: Any, config: Any) -> dict[str, Any]:
+    """Of the base, under a head that the adapter brings: without what stands in the head's place."""
+    brings = config.modules_to_save if config.task_type != tasks.CAUSAL else ()
+    return fingerprint.fingerprint(base, without=tasks.replaced(base, brings))
+
+
+def _check_task(folder: Path, config: Any, task: str, place: str) -> None:
+    """Raise RecipeError for an adapter of another kind of model, or one that this kind cannot have."""
+    stated = getattr(config.task_type, "value", config.task_type) or task
+    if stated != task:
+        raise RecipeError(
+            Problem(
+                f"is {str(folder)!r}, an adapter for {stated}, and this model's task is {task}: it has "
+                "not the head that would be trained on",
+                place,
+                "merge it into its base (arctic-train merge), and name the merged model",
+            )
+        )
+    if task != tasks.CAUSAL and config.is_prompt_learning:
+        raise RecipeError(
+            Problem(f"is {str(folder)!r}, virtual tokens, which would stand before the texts that are "
+                    "scored", place, "take an adapter of type lora, oft or ia3")
+        )  # fmt: skip
 
 
 def _set_dtype(model: Any, dtype: torch.dtype | None) -> None:

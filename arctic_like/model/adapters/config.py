@@ -12,11 +12,12 @@ import ast
 import difflib
 import functools
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from arctic_like.config.base import wrong
+from arctic_like.model.adapters.tasks import CAUSAL
 
 if TYPE_CHECKING:
     from arctic_like.model.huggingface import HFModelConfig
@@ -52,14 +53,15 @@ def kind_of(config: Mapping[str, Any]) -> str:
     return str(getattr(stated, "value", stated) or "").upper().replace("-", "_")
 
 
-def arguments(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments for peft's config class: all keys but the type, for causal language models."""
+def arguments(config: Mapping[str, Any], task: str) -> dict[str, Any]:
+    """The arguments for peft's config class: all keys but the type, for peft's type of task."""
     own = {key: value for key, value in config.items() if key not in ("type", "peft_type")}
-    return {**own, "task_type": "CAUSAL_LM"}
+    return {**own, "task_type": task}
 
 
-def check(config: Mapping[str, Any]) -> None:
-    """Raise the validation error that names the key, for what no adapter can be made of."""
+def check(config: Mapping[str, Any], *, tasks: Sequence[str]) -> None:
+    """Raise the validation error that names the key, for what no adapter can be made of. tasks: peft's
+    types that the model's kind may have."""
     if "type" in config and "peft_type" in config:
         raise wrong("and type are the same key", place="peft_type", hint="keep type")
     kind = kind_of(config)
@@ -87,7 +89,7 @@ def check(config: Mapping[str, Any]) -> None:
                 if near
                 else f"there are {', '.join(sorted(known))}",
             )
-    _check_values(config)
+    _check_values(config, tasks)
 
 
 def check_model(model: HFModelConfig) -> None:
@@ -112,17 +114,32 @@ def check_model(model: HFModelConfig) -> None:
     if model.adapter_dtype not in (None, "fp32", model.dtype):
         raise wrong(f"is {model.adapter_dtype!r} over a base in {model.dtype}",
                     place="adapter_dtype", hint="leave it out, or write fp32")  # fmt: skip
+    if model.adapter_task != CAUSAL:
+        _check_task(model)
     again = "disable_activation_checkpoint"
     if model.keeps_activations and model.given(again) and not getattr(model, again):
         raise wrong("is false, and prefix tuning cannot compute activations again", place=again,
                     hint="set it to true")  # fmt: skip
 
 
-def _check_values(config: Mapping[str, Any]) -> None:
-    task = config.get("task_type", "CAUSAL_LM")
-    if task != "CAUSAL_LM":
-        raise wrong(f"is {task!r}; language models are trained here", place="task_type",
-                    hint="remove it")  # fmt: skip
+def _check_task(model: HFModelConfig) -> None:
+    kind = kind_of(model.peft_config or {})
+    if kind in PROMPTS:
+        raise wrong(
+            f"is {kind.lower()}, whose virtual tokens stand before the texts that are scored",
+            place="peft_config.type",
+            hint="take lora, oft or ia3",
+        )
+    if model.quantization:
+        raise wrong("is for language models: a head is not trained over a base in so few bits",
+                    place="quantization", hint="leave it out")  # fmt: skip
+
+
+def _check_values(config: Mapping[str, Any], tasks: Sequence[str]) -> None:
+    task = config.get("task_type", tasks[0])
+    if task not in tasks:
+        raise wrong(f"is {task!r}; this model's is {' or '.join(tasks)}", place="task_type",
+                    hint="remove it: the model says it")  # fmt: skip
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(_NEED_DATA):
         raise wrong(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,14 +25,15 @@ _STRIDE = 0x9E3779B1
 _SHOWN = 3
 
 
-def fingerprint(model: nn.Module) -> dict[str, Any]:
+def fingerprint(model: nn.Module, *, without: Collection[str] = ()) -> dict[str, Any]:
     """`{"digest": …, "weights": {name: {"shape", "dtype", "values", "bf16"}}}`. Collective at ZeRO-3.
 
+    without: names of parameters that an adapter has its own of, so the base's do not matter.
     `values` and `bf16` are hashes of the sample as it is and rounded to bfloat16, by which a model can be
     told in another dtype too. Shared parameters count once, under their first name. Parameters that are
     not floating point (quantised ones) have neither: what they hold depends on the quantisation.
     """
-    parameters = dict(model.named_parameters())
+    parameters = {name: p for name, p in model.named_parameters() if name not in without}
     samples = _samples(parameters)
     weights = {
         name: {

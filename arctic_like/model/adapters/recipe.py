@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,15 +26,17 @@ def adapted(
     seed: int,
     zero: dict[str, Any] | None,
     world: World,
+    drawn: Collection[str] = (),
 ) -> nn.Module:
     """The model with its adapter, all else frozen; says what is trained, and what of the vocabulary is not.
 
-    zero: the DeepSpeed dictionary where `base` is partitioned (ZeRO-3). Raises RecipeError.
+    zero: the DeepSpeed dictionary where `base` is partitioned (ZeRO-3). drawn: names of parameters that
+    its checkpoint did not bring. Raises RecipeError.
     """
     import torch
     from loguru import logger
 
-    from arctic_like.model.adapters import build, vocabulary
+    from arctic_like.model.adapters import build, tasks, vocabulary
 
     if zero is not None and config.engine_dtype != config.dtype:
         raise RecipeError(
@@ -46,14 +49,22 @@ def adapted(
     about = {
         "name_or_path": config.name_or_path or None, "revision": config.revision,
         "dtype": config.dtype, "quantization": config.quantization,
+        **tasks.labels_of(base, config.adapter_task),
     }  # fmt: skip
     dtype = getattr(torch, TORCH_DTYPES[config.engine_dtype])
     if config.adapter is not None:
-        model = build.from_folder(base, Path(config.adapter), about=about, zero=zero, dtype=dtype)
+        model = build.from_folder(
+            base,
+            Path(config.adapter),
+            about=about,
+            zero=zero,
+            dtype=dtype,
+            task=config.adapter_task,
+        )
     else:
         model = build.from_recipe(
             base, config.peft_config or {}, about=about, seed=seed, zero=zero, dtype=dtype,
-            rows=len(tokenizer),
+            rows=len(tokenizer), task=config.adapter_task, drawn=drawn,
         )  # fmt: skip
     rows = base.config.get_text_config().vocab_size
     if rows < len(tokenizer):
