@@ -130,6 +130,8 @@ class DistillTrainer(CausalTrainer):
     config_type: ClassVar[type[TrainerConfig]] = DistillConfig
     data_factory_type: ClassVar[Any] = ("sft", "causal")
     _table: TeacherTable | None = None
+    _kept_vocabulary: int | None = None
+    """Tokens of the teacher that was asked and freed."""
 
     def on_data_prepared(self, data: PreparedData, build: Any) -> None:
         """A teacher that is asked once: built, asked and freed before there is a student. Collective."""
@@ -143,9 +145,9 @@ class DistillTrainer(CausalTrainer):
         learner = build(TEACHER, self.config.teacher)
         engine = learner.engine
         part: Any = build_part(self.config.model, "model")
-        own = part.facts().vocab_size
-        if own:
-            _check(own, _vocabulary(engine.module))
+        own, self._kept_vocabulary = part.facts().vocab_size, _vocabulary(engine.module)
+        if own:  # else the tokenizer's, which the student will say
+            _check(own, self._kept_vocabulary)
 
         def logits(batch: dict[str, Any]) -> Tensor:
             moved = CausalTrainer.to_device(self, batch)
@@ -162,7 +164,8 @@ class DistillTrainer(CausalTrainer):
     def configure(self) -> None:
         """Raises RecipeError where the teacher is trained, or has another vocabulary or width."""
         self._refuse_trained()
-        if self._table is not None:
+        if self._kept_vocabulary is not None:
+            _check(_vocabulary(self.module), self._kept_vocabulary)
             return
         teacher: Any = self.learner(TEACHER).engine.module
         student: Any = self.module

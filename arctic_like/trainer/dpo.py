@@ -29,6 +29,8 @@ class DPOTrainer(PreferenceTrainer):
     config_type: ClassVar[type[TrainerConfig]] = DPOConfig
     config: DPOConfig
     _table: ReferenceTable | None = None
+    _kept_vocabulary: int | None = None
+    """Tokens of a reference that was asked and freed."""
 
     @property
     def ld_alpha(self) -> float | None:
@@ -54,10 +56,12 @@ class DPOTrainer(PreferenceTrainer):
     def configure(self) -> None:
         """Compare vocabularies; ask the policy's initial weights for the table. Raises RecipeError."""
         config = self.config
-        if REFERENCE in self.learners:
-            from arctic_like.trainer.reference import check_vocabularies
+        from arctic_like.trainer.reference import raise_for_vocabularies, vocabulary
 
-            check_vocabularies(self.module, self.learner(REFERENCE).engine.module)
+        kept = self._kept_vocabulary
+        if REFERENCE in self.learners:
+            kept = vocabulary(self.learner(REFERENCE).engine.module)
+        raise_for_vocabularies(vocabulary(self.module), kept)
         if config.precompute_reference and config.reference is None:
             begin = getattr(config.model, "weights_from", None)
             if self.session.resume is not None and begin is not None:
@@ -106,7 +110,9 @@ class DPOTrainer(PreferenceTrainer):
         from arctic_like.trainer.reference import raise_for_vocabularies, vocabulary
 
         part: Any = build(self.config.model, "model")
-        raise_for_vocabularies(part.facts().vocab_size, vocabulary(learner.engine.module))
+        self._kept_vocabulary = vocabulary(learner.engine.module)
+        # unless it is the tokenizer's, which the policy will say
+        raise_for_vocabularies(part.facts().vocab_size, self._kept_vocabulary)
 
     def _tabulate(self, data: PreparedData, learner: Learner) -> None:
         """Ask the learner for all pairs, or find what it said. Collective."""

@@ -158,11 +158,6 @@ def in_evaluation(module: nn.Module) -> Iterator[None]:
             part.training = training
 
 
-def check_vocabularies(policy: nn.Module, reference: nn.Module) -> None:
-    """Raise RecipeError where they differ."""
-    raise_for_vocabularies(vocabulary(policy), vocabulary(reference))
-
-
 def raise_for_vocabularies(own: int | None, theirs: int | None) -> None:
     """Raise RecipeError where two known numbers of tokens differ."""
     if own and theirs and own != theirs:
