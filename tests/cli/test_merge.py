@@ -66,15 +66,28 @@ def load(folder: Path, **options: Any) -> Any:
     "config",
     [
         LORA,
+        {**LORA, "use_rslora": True, "use_dora": True},
         {**LORA, "use_rslora": True, "target_modules": ENDS},
         {**LORA, "use_dora": True, "target_modules": ENDS},
         {**LORA, "init_lora_weights": "pissa"},
         {**LORA, "target_modules": ["lm_head"]},
         {**LORA, "modules_to_save": ["embed_tokens"]},
+        {**LORA, "modules_to_save": ["embed_tokens", "lm_head"], "ensure_weight_tying": True},
         {"type": "oft", "oft_block_size": 4, "target_modules": ["q_proj", "up_proj"]},
         {"type": "ia3"},
     ],
-    ids=["lora", "rslora-ends", "dora-ends", "pissa", "head", "saved", "oft", "ia3"],
+    ids=[
+        "lora",
+        "rsdora",
+        "rslora-ends",
+        "dora-ends",
+        "pissa",
+        "head",
+        "saved",
+        "saved-ends",
+        "oft",
+        "ia3",
+    ],
 )
 def test_the_merged_model_answers_as_base_and_adapter(
     bases: dict[str, Path], tmp_path: Path, shape: str, config: dict[str, Any]

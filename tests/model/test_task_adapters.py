@@ -14,6 +14,8 @@ import transformers
 from click.testing import CliRunner
 from pydantic import ValidationError
 
+from arctic_like import load_recipe
+from arctic_like import run as arctic_run
 from arctic_like.checkpoint.huggingface import export
 from arctic_like.cli import chat
 from arctic_like.cli.merge import command
@@ -23,6 +25,8 @@ from arctic_like.inference import load_for_inference
 from arctic_like.model.adapters.tasks import task_of
 from arctic_like.registry import lookup
 from arctic_like.world import World
+from tests.integration.tools import write_conversations, write_recipe
+from tests.methods.runs import pairs, reward, series, whole, write_rows
 from tests.model.shapes import LLAMA, byte_tokenizer, make
 
 IDS = (torch.arange(48).view(4, 12) * 37 + 5) % 256
@@ -229,6 +233,93 @@ def test_targets_that_match_nothing_are_named(bases: dict[str, Path]) -> None:
     with pytest.raises(RecipeError, match="names 'qkv'") as caught:
         built("scoring", bases["llama"], peft_config={**LORA, "target_modules": ["qkv"]})
     assert "q_proj" in str(caught.value)
+
+
+def test_a_checkpoint_of_a_run_is_its_export(bases: dict[str, Path], tmp_path: Path) -> None:
+    """Loaded through the recipe, which says what kind of model it is; and merged from the run."""
+    data = write_rows(tmp_path / "pairs.jsonl", pairs(6, seed=0))
+    write_rows(tmp_path / "eval-pairs.jsonl", pairs(2, seed=1))
+    own = {
+        "type": "scoring", "name_or_path": str(bases["llama"]), "dtype": "fp32", "peft_config": LORA,
+    }  # fmt: skip
+    kinds = [{"type": kind, "save_end_of_training": True} for kind in ("deepspeed", "huggingface")]
+    made = reward(
+        whole, data, model=own, train_iters=2, output_dir=str(tmp_path / "run"), checkpoint=kinds
+    )
+    arctic_run(load_recipe(write_recipe(tmp_path / "recipe.yaml", made)))
+    kept, _ = load_for_inference(tmp_path / "run" / "checkpoints" / "step-2")
+    exported, _ = load_for_inference(tmp_path / "run" / "exports" / "step-2")
+    torch.testing.assert_close(outputs(kept), outputs(exported), rtol=0, atol=1e-6)
+    assert (outputs(kept) - outputs(built("scoring", bases["llama"]))[:, -1]).abs().max() > 1e-4
+    done = CliRunner().invoke(command, [str(tmp_path / "run"), str(tmp_path / "merged")])
+    assert done.exit_code == 0, done.exception
+    merged = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(outputs(merged), outputs(kept), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LORA,
+        {**LORA, "use_dora": True},
+        {"type": "ia3"},
+        {"type": "oft", "oft_block_size": 4, "target_modules": ["q_proj"]},
+        {**LORA, "modules_to_save": ["lm_head"]},
+        {**LORA, "modules_to_save": ["embed_tokens", "norm"]},
+        {**LORA, "target_modules": ["q_proj", "embed_tokens"]},
+        {**LORA, "trainable_token_indices": [3, 5]},
+    ],
+    ids=["lora", "dora", "ia3", "oft", "head", "body", "embeddings", "tokens"],
+)
+def test_in_fp32_over_a_base_in_bf16_it_answers_as_in_fp32(
+    bases: dict[str, Path], config: dict[str, Any]
+) -> None:
+    """To bf16's rounding; and every weight that is trained has a gradient in fp32."""
+    mixed, wide = (
+        moved(make(name_or_path=str(bases["llama"]), seed=3, peft_config=config, **more))
+        for more in ({"dtype": "bf16", "adapter_dtype": "fp32"}, {})
+    )
+    answers_alike(mixed, wide)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_so_does_one_with_a_head(bases: dict[str, Path], kind: str) -> None:
+    base = bases[KINDS[kind][0]]
+    low = {"dtype": "bf16", "adapter_dtype": "fp32"}
+    mixed, wide = (moved(built(kind, base, peft_config=LORA, **more)) for more in (low, {}))
+    answers_alike(mixed, wide)
+
+
+def test_a_run_in_fp32_over_a_base_in_bf16_has_nearly_the_losses_of_fp32(
+    bases: dict[str, Path], tmp_path: Path
+) -> None:
+    """Also where the head, whose loss is computed without full logits, is trained whole."""
+    data = write_conversations(tmp_path / "talk.jsonl", count=6)
+    write_conversations(tmp_path / "eval-talk.jsonl", count=2)
+    losses = []
+    for number, more in enumerate(({"dtype": "bf16", "adapter_dtype": "fp32"}, {"dtype": "fp32"})):
+        own = {
+            "name_or_path": str(bases["llama"]), **more,
+            "peft_config": {**LORA, "modules_to_save": ["lm_head"]},
+        }  # fmt: skip
+        made = whole(data, model=own, output_dir=str(tmp_path / f"{number}"))
+        made["optimizer"]["learning_rate"] = 3e-2
+        arctic_run(load_recipe(write_recipe(tmp_path / f"{number}.yaml", made)))
+        losses.append(series(tmp_path / f"{number}", "loss"))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2)
+    assert losses[1][-1] < 0.98 * losses[1][0]
+
+
+def answers_alike(mixed: Any, wide: Any) -> None:
+    expected, found = outputs(wide), outputs(mixed).float()
+    assert (found - expected).abs().max() <= 0.03 * expected.abs().max()
+    output = mixed.train()(input_ids=IDS[:1])
+    hidden = output.logits if hasattr(output, "logits") else output.last_hidden_state
+    hidden.float().square().sum().backward()
+    for name, parameter in mixed.named_parameters():
+        assert parameter.dtype == (torch.float32 if parameter.requires_grad else torch.bfloat16)
+        if parameter.requires_grad:
+            assert parameter.grad is not None, name
 
 
 def test_a_model_without_text_is_not_talked_to(bases: dict[str, Path], tmp_path: Path) -> None:

@@ -293,10 +293,38 @@ def _check_task(folder: Path, config: Any, task: str, place: str) -> None:
 
 def _set_dtype(model: Any, dtype: torch.dtype | None) -> None:
     """DeepSpeed needs one dtype of all weights, in low precision: the base's, unless told otherwise."""
-    wanted = dtype or model.get_base_model().dtype
+    base = model.get_base_model()
+    own = base.dtype
+    wanted = dtype or own
     for _, parameter in adapter_weights(model):
         if parameter.is_floating_point() and not hasattr(parameter, "ds_id"):
             parameter.data = parameter.data.to(wanted)
+    if wanted == own:
+        return
+    heads = {name for name, _ in base.named_children() if name != base.base_model_prefix}
+    for name, module in base.named_modules():
+        whole = getattr(module, "modules_to_save", None)
+        if (
+            whole is not None and NAME in whole
+        ):  # an adapter's matrices are cast by peft, these are not
+            _cast_around(whole[NAME], inside=wanted, outside=None if name in heads else own)
+
+
+def _cast_around(module: nn.Module, *, inside: torch.dtype, outside: torch.dtype | None) -> None:
+    """Let a module take what it is given in its own dtype, and give back `outside`, or its own."""
+
+    def before(_: Any, values: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(
+            one.to(inside) if hasattr(one, "is_floating_point") and one.is_floating_point() else one
+            for one in values
+        )
+
+    def after(_: Any, __: Any, output: Any) -> Any:
+        return output.to(outside)
+
+    module.register_forward_pre_hook(before)
+    if outside is not None:
+        module.register_forward_hook(after)
 
 
 def _without_virtual_tokens(module: Any, _: Any, output: Any) -> Any:

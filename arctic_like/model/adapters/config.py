@@ -96,7 +96,8 @@ def check_model(model: HFModelConfig) -> None:
     """Raise the validation error for keys of `model:` that contradict its adapter, or want one."""
     if model.peft_config is not None and model.adapter is not None:
         raise wrong("and peft_config are both given", place="adapter",
-                    hint="keep one: the folder has a config of its own")  # fmt: skip
+                    hint="keep one: the folder has a config of its own; for a new adapter on top of that "
+                    "one, `arctic-train merge` it and name the result as the base")  # fmt: skip
     if not model.adapted:
         for key in ("quantization", "adapter_dtype"):
             if getattr(model, key) is not None:
