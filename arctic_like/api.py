@@ -13,6 +13,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -83,7 +84,7 @@ def execute(
 
     device = choose_device(recipe.config.device)
     refuse_what_cannot_run(recipe, on_cpu=device == "cpu")
-    world = World.from_environment(device)
+    world = _world(recipe, device)
     prepare_process(recipe, world)
     host = connect(world)
     directory = RunDirectory(output_dir)
@@ -98,6 +99,20 @@ def execute(
             recipe, world=world, host=host, directory=directory, checkpoint=checkpoint, stop=stop,
             inspect=inspect,
         )  # fmt: skip
+
+
+def _world(recipe: Recipe, device: str) -> World:
+    """This process among all. Raises RecipeError where the ranks cannot be put into groups."""
+    world, size = World.from_environment(device), recipe.config.sequence_parallel_size
+    if world.size % size:
+        raise RecipeError(
+            Problem(
+                f"is {size}, but the run has {world.size} {'rank' if world.size == 1 else 'ranks'}",
+                "sequence_parallel_size",
+                "start a multiple of it (--num_gpus), or set it to a divisor",
+            )
+        )
+    return replace(world, sequence_parallel_size=size)
 
 
 @contextlib.contextmanager
@@ -279,12 +294,15 @@ def _run_trainer(
     checkpoint: Path | None, stop: StopRequest,
     inspect: Callable[[Trainer], None] | None,
 ) -> Result:  # fmt: skip
+    from arctic_like.engine.host import PATIENCE
+    from arctic_like.sequence import SequenceGroup
     from arctic_like.trainer.assembly import Session
     from arctic_like.trainer.closing import show_end
     from arctic_like.trainer.result_file import leave_failure, leave_result, remove_result
 
     devices = host.gather(_device_name(world))
-    session = Session(recipe, world, host, directory, stop, resume=checkpoint)
+    sequence = SequenceGroup.of(world, timeout=PATIENCE)
+    session = Session(recipe, world, host, directory, stop, resume=checkpoint, sequence=sequence)
     if world.is_main:
         remove_result(directory.path)
         directory.write_recipe(recipe.dump())

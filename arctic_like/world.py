@@ -24,6 +24,29 @@ class World:
     local_size: int = 1
     device: str = "cpu"
     """Torch device string of this process: "cpu" or "cuda:0"."""
+    sequence_parallel_size: int = 1
+    """How many consecutive ranks share the same rows; divides `size`."""
+
+    @property
+    def sequence_rank(self) -> int:
+        """Which part of its group's rows this rank has."""
+        return self.rank % self.sequence_parallel_size
+
+    @property
+    def data_rank(self) -> int:
+        """The number of this rank's group: which micro-batches it has."""
+        return self.rank // self.sequence_parallel_size
+
+    @property
+    def data_size(self) -> int:
+        """How many groups there are, each with rows of its own."""
+        return self.size // self.sequence_parallel_size
+
+    @property
+    def counts(self) -> bool:
+        """True on the first rank of a group. All ranks of one have the same loss of the same rows; where
+        numbers of all ranks are added up, this one speaks for them."""
+        return self.sequence_rank == 0
 
     @property
     def is_main(self) -> bool:

@@ -30,7 +30,7 @@ ROOT = PACKAGE.parent
 
 FLOORS: list[set[str]] = [
     {"errors", "loss", "world"},
-    {"run_info", "stop", "logs", "rundir", "config", "kernels"},
+    {"run_info", "stop", "logs", "rundir", "config", "kernels", "sequence"},
     {"registry"},
     {"tokenizer", "model", "data", "optimizer", "scheduler", "engine", "metrics", "tracking"}
     | {"generation", "methods"},

@@ -97,6 +97,8 @@ class Callback(Part, family="callback"):
     config: Any
     main_rank_only: bool = False
     """Call this callback's moments on rank zero alone (it must then make no collective call)."""
+    needs_whole_rows: bool = False
+    """It reads or changes the tokens of a batch in the model: refused where ranks share rows."""
 
     def state_dict(self) -> dict[str, Any]:
         """What a resume needs: plain types and tensors only."""

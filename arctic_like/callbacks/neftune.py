@@ -44,6 +44,7 @@ class NEFTune(Callback):
 
     name = "neftune"
     config_type = NEFTuneConfig
+    needs_whole_rows = True
     config: NEFTuneConfig
 
     def __init__(self, config: NEFTuneConfig) -> None:

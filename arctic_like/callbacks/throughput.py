@@ -76,7 +76,7 @@ class Throughput(Callback):
         assert trainer.batch is not None
         samples = tokens = squares = 0.0
         for micro in trainer.batch.micro_batches:
-            if micro.idle:
+            if micro.idle or not trainer.world.counts:
                 continue
             samples += len(micro.samples)
             if self._model is not None and isinstance(micro.data, Mapping):

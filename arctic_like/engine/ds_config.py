@@ -67,14 +67,17 @@ def deepspeed_config(
     micro_batch_size: int,
     gradient_accumulation_steps: int,
     world_size: int,
+    sequence_parallel_size: int = 1,
     hidden_size: int | None = None,
     on_cpu: bool = False,
 ) -> Config:
     """The dictionary for `deepspeed.initialize`.
 
     section: the recipe's `deepspeed:` as written; dtype: "bf16", "fp16" or "fp32" of `model.dtype`;
-    world_size: number of data-parallel ranks; hidden_size: the model's width, None if it has none
-    (bucket sizes are then DeepSpeed's own); on_cpu: whether the run trains on the CPU.
+    world_size: number of data-parallel ranks, or of groups of `sequence_parallel_size` ranks, which DeepSpeed
+    takes for ranks with data of their own (the trainer scales losses for it); hidden_size: the model's
+    width, None if it has none (bucket sizes are then DeepSpeed's own); on_cpu: whether the run trains on
+    the CPU.
 
     Raises RecipeError with every problem found: unknown keys, wrong types, contradictions.
     """
@@ -82,7 +85,7 @@ def deepspeed_config(
     problems = deepspeed_problems(section, facts=facts)
     if problems:
         raise RecipeError(problems)
-    return _filled(normal(section), facts, hidden_size)
+    return _filled(normal(section), facts, hidden_size, sequence_parallel_size)
 
 
 def inexact(config: Mapping[str, Any]) -> list[str]:
@@ -130,11 +133,14 @@ _INEXACT_DTYPE = {
 }
 
 
-def _filled(given: Config, facts: Facts, hidden_size: int | None) -> Config:
+def _filled(
+    given: Config, facts: Facts, hidden_size: int | None, sequence_parallel_size: int
+) -> Config:
     config = copy.deepcopy(given)
     config["train_micro_batch_size_per_gpu"] = facts.micro_batch_size
     config["gradient_accumulation_steps"] = facts.gradient_accumulation_steps
-    config["train_batch_size"] = facts.global_batch_size
+    # DeepSpeed checks it against the number of all ranks, and uses it for nothing here
+    config["train_batch_size"] = (facts.global_batch_size or 1) * sequence_parallel_size
     config.setdefault("gradient_clipping", DEFAULT_CLIPPING)
     config.setdefault("zero_allow_untested_optimizer", True)
     config.setdefault("zero_force_ds_cpu_optimizer", False)

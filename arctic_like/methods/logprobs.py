@@ -43,11 +43,16 @@ def answer_logprobs(
 def token_logprobs(logits: Tensor, labels: Tensor) -> Tensor:
     """log π(labels[:, i + 1]) by `logits[:, i]`, (batch, length - 1) in at least float32; 0 where it
     is not trained."""
+    return target_logprobs(logits[:, :-1], labels[:, 1:])
+
+
+def target_logprobs(logits: Tensor, targets: Tensor) -> Tensor:
+    """log π(targets[:, i]) by `logits[:, i]`, (batch, length) in at least float32; 0 where it is not
+    trained."""
     import torch
     import torch.nn.functional as F
 
-    targets = labels[:, 1:]
-    wide = logits[:, :-1].to(torch.promote_types(logits.dtype, torch.float32))
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     losses = F.cross_entropy(
         wide.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="none"
     )
@@ -100,9 +105,14 @@ def _desensitised(trained: Tensor, places: Tensor, tokens: Tensor, alpha: float)
 def log_sum_squares(logits: Tensor) -> Tensor:
     """log Σ_v π(v)² of the distributions that predict tokens 1 …, (batch, length - 1) in at least
     float32, without gradient: how concentrated they are."""
+    return concentration(logits[:, :-1])
+
+
+def concentration(logits: Tensor) -> Tensor:
+    """log Σ_v π(v)² of every distribution, (batch, length) in at least float32, without gradient."""
     import torch
 
-    wide = logits[:, :-1].detach().to(torch.promote_types(logits.dtype, torch.float32))
+    wide = logits.detach().to(torch.promote_types(logits.dtype, torch.float32))
     return (2 * wide).logsumexp(-1) - 2 * wide.logsumexp(-1)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from arctic_like.config.base import PartConfig
 from arctic_like.config.values import DType, NameOrPath
@@ -51,6 +51,8 @@ class ModelFactory(Part, family="model"):
 
     config_type = ModelConfig
     config: ModelConfig
+    shares_sequences: ClassVar[bool] = False
+    """Whether its models can be called with a part of each row (`arctic_like.sequence`)."""
 
     def facts(self) -> ModelFacts:
         """What can be known without building the model. May read the Hub: not for validation."""

@@ -136,6 +136,7 @@ class HFModelFactory(ModelFactory):
     name = "huggingface"
     config_type = HFModelConfig
     config: HFModelConfig
+    shares_sequences: ClassVar[bool] = True
     auto_class: str = CAUSAL
     """The name of transformers' class that makes the model."""
     missing_level: ClassVar[str] = "WARNING"

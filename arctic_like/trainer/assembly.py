@@ -20,11 +20,13 @@ from arctic_like.errors import Problem, RecipeError
 from arctic_like.metrics.ledger import Ledger
 from arctic_like.registry import build
 from arctic_like.run_info import RunInfo, supply
+from arctic_like.sequence import SequenceGroup
 from arctic_like.trainer.config import resolve_batch
 from arctic_like.trainer.continuity import check_batch_size, check_continuity, check_samples
 from arctic_like.trainer.learner import Learner
 from arctic_like.trainer.measured import check_measured
 from arctic_like.trainer.preparation import build_data, build_tokenizer
+from arctic_like.trainer.sequence import prove_sharing, share_rows
 from arctic_like.trainer.surface import MAIN
 from arctic_like.trainer.transplant import transplant
 from arctic_like.world import World
@@ -56,6 +58,8 @@ class Session:
     stop: StopRequest
     resume: Path | None = None
     """The complete checkpoint that the run goes on from."""
+    sequence: SequenceGroup = field(default_factory=SequenceGroup)
+    """This rank among those that share its rows."""
     started: float = field(default_factory=time.monotonic)
     requested: str = ""
     """Why this rank wants to stop; becomes the run's reason once all ranks know."""
@@ -107,7 +111,7 @@ class Equipment:
         for name, samples in sets.items():
             yield name, evaluation_batches(
                 samples, self.data.collate, division=self.loader.division,
-                rank=self.info.world.rank, size=self.info.world.size,
+                rank=self.info.world.data_rank, size=self.info.world.data_size,
                 pin_memory=self.loader.pin_memory,
             )  # fmt: skip
 
@@ -149,9 +153,12 @@ def assemble(trainer: Trainer, session: Session) -> Equipment:
     monitor = config.metric_monitor
 
     def learner(name: str, part: Any, resumed: dict[str, Any] | None = None) -> Learner:
-        return _learner(
-            name, part, info, tokenizer=tokenizer, resumed=resumed, notice=notice, monitor=monitor
-        )
+        made = _learner(
+            name, part, info, tokenizer=tokenizer, resumed=resumed, notice=notice, monitor=monitor,
+            sequence=session.sequence,
+        )  # fmt: skip
+        prove_sharing(made.engine.module, session.sequence, device=world.device)
+        return made
 
     if hasattr(trainer, "on_data_prepared"):  # a model that is asked before there are others
         trainer.on_data_prepared(data, learner)
@@ -213,17 +220,17 @@ def _say_changes(config: Any, session: Session, resumed: dict[str, Any]) -> None
 
 def _batch_sizes(config: Any, world: World, resumed: dict[str, Any] | None) -> dict[str, Any]:
     """Micro-batch, accumulation and global batch. A resumed run keeps its global batch at any world size."""
-    batch = config.resolve_batch(world.size)
+    batch = config.resolve_batch(world.data_size)
     saved = resumed["global_batch_size"] if resumed else batch.global_batch_size
     stated = config.global_batch_size is not None
     if (
         resumed
         and not stated
-        and resumed["world_size"] != world.size
+        and resumed["world_size"] // resumed.get("sequence_parallel_size", 1) != world.data_size
         and saved != batch.global_batch_size
     ):
         batch = resolve_batch(
-            world.size, micro_batch_size=config.micro_batch_size,
+            world.data_size, micro_batch_size=config.micro_batch_size,
             gradient_accumulation_steps=None, global_batch_size=saved,
         )  # fmt: skip
     return {
@@ -248,7 +255,7 @@ def _loader(config: Any, info: RunInfo, data: PreparedData) -> tuple[Plan, Loade
     )  # fmt: skip
     loader = Loader(
         train, data.collate, plan, division_of(config.data, info.micro_batch_size),
-        rank=info.world.rank, size=info.world.size,
+        rank=info.world.data_rank, size=info.world.data_size,
         num_workers=int(getattr(config.data, "dl_num_workers", 0)),
         pin_memory=info.device.startswith("cuda"),
     )  # fmt: skip
@@ -296,7 +303,8 @@ def _deepspeed_dictionary(
     dictionary = deepspeed_config(
         section=section, dtype=getattr(part.model, "engine_dtype", part.model.dtype),
         micro_batch_size=info.micro_batch_size,
-        gradient_accumulation_steps=info.gradient_accumulation_steps, world_size=info.world.size,
+        gradient_accumulation_steps=info.gradient_accumulation_steps, world_size=info.world.data_size,
+        sequence_parallel_size=info.world.sequence_parallel_size,
         hidden_size=hidden_size, on_cpu=info.device == "cpu",
     )  # fmt: skip
     for sentence in inexact(dictionary):
@@ -316,7 +324,7 @@ def _stage(ds_config: dict[str, Any]) -> int:
 
 def _learner(
     name: str, part: Any, info: RunInfo, *, tokenizer: Any, resumed: dict[str, Any] | None,
-    notice: _Notices, monitor: MetricMonitor,
+    notice: _Notices, monitor: MetricMonitor, sequence: SequenceGroup,
 ) -> Learner:  # fmt: skip
     """Model, optimizer, engine and scheduler of one learner. A key of the recipe names each moment:
     `model`, `optimizer`, … of the recipe's own, `critic.model`, … of the others."""
@@ -338,6 +346,7 @@ def _learner(
             model_part.build, info, tokenizer=tokenizer, ds_config=ds_config, learner=name,
             zero_stage=_stage(ds_config),
         )  # fmt: skip
+        share_rows(module, sequence)
     begin = (
         getattr(part.model, "weights_from", None) if resumed is None or _is_frozen(part) else None
     )

@@ -52,7 +52,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class WeightedBatch:
     """A micro-batch with its share in the step. `scale` turns its mean loss into what is back-propagated:
-    weight × data-parallel ranks / weight of the global batch (DeepSpeed divides by the ranks)."""
+    weight × groups of ranks with rows of their own / weight of the global batch (DeepSpeed divides by all
+    ranks; each of a group brings the whole of its loss)."""
 
     data: dict[str, Tensor]
     samples: list[int]
@@ -83,6 +84,9 @@ class Trainer(Part, Moments, Surface, family="trainer"):
     checkpoint_engine_type: ClassVar[Any] = ("deepspeed", "huggingface")
     weight_unit: ClassVar[str] = "samples"
     """What `weight(batch)` counts, in the plural: the name of its sum and its rate in train lines."""
+    shares_sequences: ClassVar[bool] = False
+    """Whether ranks may share rows (`sequence_parallel_size`): every rank of a group then gives the loss of
+    the whole rows. A class that overrides what computes it says so anew (`trainer/sequence.py`)."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -295,7 +299,8 @@ class Trainer(Part, Moments, Surface, family="trainer"):
                     break
         prefix = "" if learner == MAIN else f"{learner}/"
         for found, micro in zip(losses, micro_batches, strict=True):
-            terms = terms_of(found, micro.weight, step=self.global_step + 1, prefix=prefix)
+            weight = micro.weight if self.world.counts else 0.0
+            terms = terms_of(found, weight, step=self.global_step + 1, prefix=prefix)
             self.equipment.step_ledger.add(terms)
             self.equipment.epoch_ledger.add(terms)
         self.updating = MAIN
@@ -630,7 +635,7 @@ class Trainer(Part, Moments, Surface, family="trainer"):
         What was asked for is done here, at the step that is done, before the next one begins.
         """
         weights = [0.0 if m.idle else float(self.weight(m.data)) for m in batch.micro_batches]
-        total = self.requests.agree(self, sum(weights))
+        total = self.requests.agree(self, sum(weights) if self.world.counts else 0.0)
         if self.progress.stopped:
             return []
         if total <= 0:
@@ -640,7 +645,7 @@ class Trainer(Part, Moments, Surface, family="trainer"):
                 f"({name_samples(self, batch)}); check weight(batch)"
             )
         self.session.step_weight = total
-        share = self.world.size / total
+        share = self.world.data_size / total
         return [
             WeightedBatch(m.data, m.samples, w, w * share)
             for m, w in zip(batch.micro_batches, weights, strict=True)

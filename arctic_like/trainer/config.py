@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import InitErrorDetails, ValidationError
 
 from arctic_like.config.base import Config, PartConfig, wrong
@@ -123,7 +123,6 @@ class TrainerConfig(PartConfig):
     """The whole recipe. A trainer's own config class adds keys to it."""
 
     not_yet: ClassVar[dict[str, str]] = {
-        "sequence_parallel_size": "train on shorter sequences, or use ZeRO stage 3 and offload",
         "expert_parallel_size": "every rank holds all experts; ZeRO stage 3 partitions them",
         "arctic_moe": "the model's own code computes its experts; leave it out",
         "tiled_mlp_compute": "activation checkpointing (on by default) saves most of that memory",
@@ -271,7 +270,8 @@ class TrainerConfig(PartConfig):
     """A file whose appearance stops the run after the step, with a checkpoint."""
 
     sequence_parallel_size: Annotated[HumanInt, Field(ge=1)] = 1
-    """Ranks that share one sequence."""
+    """Consecutive ranks that share each row, a part of its tokens each: for rows that are too long for one
+    device. `micro_batch_size` is that of a group (docs/long_context.md)."""
 
     expert_parallel_size: Annotated[HumanInt, Field(ge=1)] = 1
     """Ranks that share a layer's experts."""
@@ -358,6 +358,16 @@ class TrainerConfig(PartConfig):
                 raise wrong(
                     f"is true, but {reason}", place="data.pack_samples", hint="set it to false"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _shares_rows(self, info: ValidationInfo) -> TrainerConfig:
+        if self.sequence_parallel_size > 1:
+            from arctic_like.trainer.sequence import sharing_problems
+
+            trainer = ((info.context or {}).get("owners") or (None,))[0]
+            for problem in sharing_problems(self, trainer):
+                raise wrong(problem.message, place=problem.place, hint=problem.hint)
         return self
 
     @model_validator(mode="after")

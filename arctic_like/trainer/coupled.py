@@ -84,7 +84,7 @@ class CoupledTrainer(Trainer):
 
     def step(self, micro_batches: Sequence[WeightedBatch]) -> None:
         """See the module."""
-        alone = self.world.size == 1 and len(micro_batches) == 1
+        alone = self.world.data_size == 1 and len(micro_batches) == 1
         if not self._takes_all or alone:
             super().step(micro_batches)
             return
@@ -142,22 +142,22 @@ class CoupledTrainer(Trainer):
 
         mine = torch.cat([rows for rows, _ in seen])
         known = [facts for _, facts in seen if facts is not None]
-        parts = self._all_rows(mine)
+        parts = self._all_rows(mine)  # one part for each group of ranks that share rows
         everything = torch.cat(parts).requires_grad_()
         facts = torch.cat(self._all_rows(torch.cat(known))) if known else None
         with torch.enable_grad():
             whole = self.coupled_loss(everything, facts)
             (derivative,) = torch.autograd.grad(whole.mean, everything)
-        start = sum(len(part) for part in parts[: self.world.rank])
+        start = sum(len(part) for part in parts[: self.world.data_rank])
         own = derivative[start : start + len(mine)]
         values = {name: torch.as_tensor(value).detach() for name, value in whole.values.items()}
         shares = list(torch.split(own, [len(rows) for rows, _ in seen]))
         loss = Loss(whole.mean.detach(), values=values, groups=whole.groups)
-        return shares, loss, start == 0 < len(mine)
+        return shares, loss, start == 0 < len(mine) and self.world.counts
 
     def _all_rows(self, rows: Tensor) -> list[Tensor]:
-        """Every rank's rows, by rank."""
-        if self.world.size == 1:
+        """The rows of every group of ranks that share rows, by rank: every rank's, where none do."""
+        if self.world.data_size == 1:
             return [rows]
         import torch
         import torch.distributed as dist
@@ -167,7 +167,8 @@ class CoupledTrainer(Trainer):
         room[: len(rows)] = rows
         found = [torch.empty_like(room) for _ in counts]
         dist.all_gather(found, room)
-        return [part[:count] for part, count in zip(found, counts, strict=True)]
+        parts = [part[:count] for part, count in zip(found, counts, strict=True)]
+        return parts[:: self.world.sequence_parallel_size]
 
     def _loss_of_set(self, seen: Sequence[Seen]) -> dict[str, float]:
         """The loss over what all ranks have seen of an evaluation set; nothing of none. Collective."""

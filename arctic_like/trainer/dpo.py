@@ -28,6 +28,7 @@ class DPOTrainer(PreferenceTrainer):
     name = "dpo"
     config_type: ClassVar[type[TrainerConfig]] = DPOConfig
     config: DPOConfig
+    shares_sequences: ClassVar[bool] = True
     _table: ReferenceTable | None = None
     _kept_vocabulary: int | None = None
     """Tokens of a reference that was asked and freed."""

@@ -31,7 +31,7 @@ def evaluate_set(
 
     Other values are what torchmetrics objects computed that is no single number: a confusion
     matrix, say. A stand-in batch (a rank with nothing to do) goes through the model, which ZeRO-3 needs,
-    and counts nothing.
+    and counts nothing; of ranks that share rows the first counts.
     """
     from arctic_like.metrics.ledger import Ledger, terms_of
 
@@ -40,9 +40,10 @@ def evaluate_set(
     with_index = takes_index(step)
     for index, micro in enumerate(batches):
         batch, trainer.samples = trainer.to_device(micro.data), micro.samples
-        weight = 0.0 if micro.idle else float(trainer.weight(micro.data))
+        counts = trainer.world.counts and not micro.idle
+        weight = float(trainer.weight(micro.data)) if counts else 0.0
         trainer.emit("on_evaluate_batch_start", batch)
-        with _untouched(trainer, objects) if micro.idle else contextlib.nullcontext():
+        with contextlib.nullcontext() if counts else _untouched(trainer, objects):
             returned = step(batch, index) if with_index else step(batch)
         loss, found = as_loss(trainer, returned, weight)
         objects.update(found)

@@ -33,6 +33,7 @@ class KTOTrainer(DPOTrainer):
     config: KTOConfig  # type: ignore[assignment]
     data_factory_type: ClassVar[Any] = ("kto",)
     weight_unit: ClassVar[str] = "answers"
+    shares_sequences: ClassVar[bool] = True
 
     @property
     def ld_alpha(self) -> float | None:

@@ -49,13 +49,20 @@ def token_losses(logits: Tensor, labels: Tensor, *, ignore: int = IGNORE) -> Ten
     logits: (batch, length, vocabulary), any float dtype; labels: (batch, length) int64. Returns
     (batch, length - 1) float32.
     """
+    return target_losses(logits[:, :-1], labels[:, 1:], ignore=ignore)
+
+
+def target_losses(logits: Tensor, targets: Tensor, *, ignore: int = IGNORE) -> Tensor:
+    """Cross-entropy of predicting `targets[:, i]` from `logits[:, i]`; 0 where it is not trained.
+
+    logits: (batch, length, vocabulary), any float dtype; targets: (batch, length) int64. Returns
+    (batch, length) float32.
+    """
     import torch.nn.functional as F
 
-    targets = labels[:, 1:]
     losses = F.cross_entropy(
-        logits[:, :-1].flatten(0, 1).float(), targets.flatten(), ignore_index=ignore,
-        reduction="none",
-    )  # fmt: skip
+        logits.flatten(0, 1).float(), targets.flatten(), ignore_index=ignore, reduction="none"
+    )
     return losses.view(targets.shape)
 
 

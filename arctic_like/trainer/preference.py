@@ -50,6 +50,7 @@ class PreferenceTrainer(CoupledTrainer, CausalTrainer):
     config_type: ClassVar[type[TrainerConfig]] = PreferenceConfig
     data_factory_type: ClassVar[Any] = ("dpo",)
     weight_unit: ClassVar[str] = "pairs"
+    shares_sequences: ClassVar[bool] = True
     _mean_tokens: float | None = None
     """Tokens of a chosen answer, the mean over the global batch of the step under way."""
 
@@ -95,13 +96,14 @@ class PreferenceTrainer(CoupledTrainer, CausalTrainer):
             of_tokens = self._through(head, batch, learner)
         else:
             logits = self._logits_of(batch, learner)
-            of_tokens = logprobs.token_logprobs(logits, labels)
+            targets = self.targets(labels).view(batch["input_ids"].shape)
+            of_tokens = self.of_rows(logprobs.target_logprobs(logits, targets), batch)
         found = logprobs.answer_sums(
             of_tokens, labels, segments, documents=documents, ld_alpha=self.ld_alpha
         )
         weights = None
         if weighs and logits is not None:
-            concentration = logprobs.log_sum_squares(logits)
+            concentration = self.of_rows(logprobs.concentration(logits), batch)
             weights = logprobs.answer_weights(
                 of_tokens, concentration, labels, segments, documents=documents
             )
@@ -109,11 +111,10 @@ class PreferenceTrainer(CoupledTrainer, CausalTrainer):
 
     def _through(self, head: LinearHead, batch: dict[str, Any], learner: Learner) -> Tensor:
         """(batch, length - 1): log π of the next tokens, 0 where they are not trained; no full logits."""
-        from arctic_like.kernels.linear_loss import linear_log_probs, next_tokens
+        from arctic_like.kernels.linear_loss import linear_log_probs
         from arctic_like.model.heads import through_head
 
-        labels = batch["labels"]
-        targets = next_tokens(labels)
+        targets = self.targets(batch["labels"])
 
         def compute(hidden: Tensor, own: Head) -> tuple[Tensor, ...]:
             found = linear_log_probs(
@@ -123,7 +124,7 @@ class PreferenceTrainer(CoupledTrainer, CausalTrainer):
             return (found,)
 
         (found,) = through_head(head, lambda: self._call(batch, learner), compute)
-        return found.view(labels.shape)[:, :-1]
+        return self.of_rows(found, batch)
 
     @cached_property
     def _heads(self) -> dict[int, LinearHead | None]:
@@ -140,17 +141,15 @@ class PreferenceTrainer(CoupledTrainer, CausalTrainer):
         return self._heads[id(learner)]
 
     def _logits_of(self, batch: dict[str, Any], learner: Learner) -> Tensor:
-        """(batch, length, vocabulary)."""
+        """(batch, length of this rank's part, vocabulary)."""
         if self._is_main(learner):
             return self.logits(batch)
         logits: Tensor = self._call(batch, learner).logits
         return logits.view(*batch["input_ids"].shape, -1)
 
     def _call(self, batch: dict[str, Any], learner: Learner) -> Any:
-        from arctic_like.model.isolation import packed_inputs
-
         engine = learner.engine
-        return engine(**packed_inputs(engine.module, batch["input_ids"], batch["position_ids"]))
+        return engine(**self.inputs_of(engine.module, batch))
 
     def _is_main(self, learner: Learner) -> bool:
         """Also before there is a main one: a reference may be asked first, and then freed."""
@@ -177,7 +176,7 @@ class PreferenceTrainer(CoupledTrainer, CausalTrainer):
         """One step; a likelihood per token is told the tokens of the global batch first."""
         if self._per_token and self.coupling == "global_batch":
             tokens = sum(_chosen_tokens(micro.data) for micro in micro_batches if micro.weight)
-            (total,) = self.session.host.sum([float(tokens)])
+            (total,) = self.session.host.sum([float(tokens) if self.world.counts else 0.0])
             self._mean_tokens = total / self.session.step_weight
         try:
             super().step(micro_batches)

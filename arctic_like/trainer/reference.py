@@ -196,7 +196,7 @@ def _computed(
 
     share, stand_in = divided(
         np.arange(places.start, places.stop), samples, collate, division,
-        rank=host.world.rank, size=host.world.size,
+        rank=host.world.data_rank, size=host.world.data_size,
     )  # fmt: skip
     mine: dict[int, Any] = {}
     for rows in share:

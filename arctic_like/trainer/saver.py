@@ -119,6 +119,7 @@ class Saver:
             "format": FORMAT,
             "progress": trainer.progress.as_dict(),
             "world_size": session.world.size,
+            "sequence_parallel_size": session.world.sequence_parallel_size,
             "zero_stage": trainer.zero_stage,
             "global_batch_size": self._info.global_batch_size,
             "samples": equipment.plan.size,

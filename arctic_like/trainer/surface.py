@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from arctic_like.data.loader import MicroBatch, StepBatch
+    from arctic_like.sequence import SequenceGroup
     from arctic_like.trainer.assembly import Equipment, Session
     from arctic_like.trainer.learner import Learner
     from arctic_like.world import World
@@ -36,6 +37,11 @@ class Surface:
     def world(self) -> World:
         """Ranks and this process's place among them."""
         return self.session.world
+
+    @property
+    def sequence(self) -> SequenceGroup:
+        """This rank among those that share its rows, and what they exchange (`arctic_like.sequence`)."""
+        return self.session.sequence
 
     @property
     def device(self) -> str:

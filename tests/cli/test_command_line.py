@@ -70,7 +70,7 @@ BAD = {
     "missing code": (GOOD + "code: mine.py\n", ["bad.yaml:8", "mine.py"]),
     "an unset variable": (GOOD + "seed: ${env:NOT_SET_HERE}\n", ["bad.yaml:8", "NOT_SET_HERE"]),
     "no model": (GOOD.replace("  config: ", "  hf_config_kwargs: "), ["bad.yaml:3", "model"]),
-    "not built yet": (GOOD + "sequence_parallel_size: 2\n", ["sequence_parallel_size"]),
+    "not built yet": (GOOD + "expert_parallel_size: 2\n", ["expert_parallel_size"]),
     "an unknown loss": (GOOD.replace("type: sft", "type: dpo") + "loss: sigmod\n",
                         ["bad.yaml:8", "loss", "did you mean 'sigmoid'?"]),
 }  # fmt: skip
@@ -188,10 +188,10 @@ def test_validate(folder, capsys):
     assert main(["validate", "good.yaml", "seed=3", "--print"]) == 0
     assert "seed: 3\n" in capsys.readouterr().out
     # declared, but not built yet: valid, and said
-    assert main(["validate", "good.yaml", "sequence_parallel_size=2", "skip_validation=true"]) == 0
+    assert main(["validate", "good.yaml", "expert_parallel_size=2", "skip_validation=true"]) == 0
     out, err = capsys.readouterr()
     assert "cannot run it yet" in out
-    assert "sequence_parallel_size" in err
+    assert "expert_parallel_size" in err
     assert "skip_validation: has no effect" in err
     assert files(folder) == ["good.yaml", "rows.jsonl"]
 

@@ -137,8 +137,8 @@ def test_what_cannot_be_prepared(folder, capsys, words, expected):
 
 
 def test_what_a_run_would_refuse_is_a_warning(folder, capsys):
-    assert main(["preprocess", "r.yaml", "sequence_parallel_size=2"]) == 0
-    assert "warning: sequence_parallel_size" in capsys.readouterr().err
+    assert main(["preprocess", "r.yaml", "expert_parallel_size=2"]) == 0
+    assert "warning: expert_parallel_size" in capsys.readouterr().err
 
 
 def test_data_of_ones_own_keeps_nothing(folder, capsys):

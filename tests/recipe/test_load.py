@@ -270,12 +270,12 @@ def test_a_recipe_from_a_map(write, tmp_path):
 
 
 def test_refusals_and_warnings(write):
-    path = write("a.yaml", "type: test_scene\nsequence_parallel_size: 2\ntiled_mlp_compute: false\n"
-                           "skip_validation: true\nexpert_parallel_size: 1\n"
+    path = write("a.yaml", "type: test_scene\nexpert_parallel_size: 2\ntiled_mlp_compute: false\n"
+                           "skip_validation: true\narctic_moe: false\n"
                            "renderers: [{bounces: 3, quality: best}]\n")  # fmt: skip
     config = load_recipe(path).config
     assert [p.place for p in run_time_refusals(config)] == [
-        "sequence_parallel_size",
+        "expert_parallel_size",
         "renderers.0.bounces",
     ]
     assert "is 2" in run_time_refusals(config)[0].message

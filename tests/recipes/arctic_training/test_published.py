@@ -21,8 +21,7 @@ HERE = Path(__file__).parent
 RECIPES = sorted(path for pattern in ("*/*.y*ml", "*/*/*.y*ml") for path in HERE.glob(pattern))
 
 REFUSED = {
-    "sequence-parallelism": {"sequence_parallel_size", "tiled_mlp_compute",
-                             "activation_checkpoint_cpu_offload"},
+    "sequence-parallelism": {"tiled_mlp_compute", "activation_checkpoint_cpu_offload"},
     "news": {"tiled_mlp_compute"},
     "causal_snowflake": {"data.sources.0.sql", "data.sources.0.table_name",
                          "data.sources.0.dataset_uri"},
