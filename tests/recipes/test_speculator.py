@@ -28,7 +28,9 @@ KINDS = {
     "untied": {"kind": "mlp", "tie_weights": False},
     "lstm": {"kind": "lstm"},
 }
-DIVIDED = [("mlp", "three"), ("lstm", "two")]
+DIVIDED = [("mlp", "three")]
+MORE = {"mlp": ["two"], "lstm": ["two", "three"], "untied": ["three"]}
+"""Only the full tests look at these."""
 
 
 def content(data: Path, kind: str, **changes: Any) -> dict[str, Any]:
@@ -58,7 +60,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
     jobs = Jobs(tmp_path_factory.mktemp("speculators"))
     for kind, division in DIVIDED:
         jobs.add_divisions(kind, content(data, kind), [division])
-    jobs.add_resumed("again", content(data, "lstm"), ranks=2)
+    second = {"zero_optimization": {"stage": 2}}
+    jobs.add_resumed("again", content(data, "lstm", deepspeed=second), ranks=2)
     jobs.drive()
     return jobs.folder
 
@@ -67,7 +70,22 @@ def runs(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
 def test_however_a_batch_is_divided_the_heads_are_the_same(
     runs: Path, kind: str, division: str
 ) -> None:
-    one, two = clockless(runs / f"{kind}-whole"), clockless(runs / f"{kind}-{division}")
+    same(runs / f"{kind}-whole", runs / f"{kind}-{division}")
+
+
+@pytest.mark.full
+def test_so_are_other_heads_in_other_divisions(data: Path, tmp_path: Path) -> None:
+    jobs = Jobs(tmp_path)
+    for kind, divisions in MORE.items():
+        jobs.add_divisions(kind, content(data, kind), divisions)
+    jobs.drive()
+    for kind, divisions in MORE.items():
+        for division in divisions:
+            same(tmp_path / f"{kind}-whole", tmp_path / f"{kind}-{division}")
+
+
+def same(left: Path, right: Path) -> None:
+    one, two = clockless(left), clockless(right)
     assert len(one) == len(two) > 5
     for mine, theirs in zip(one, two, strict=True):
         assert mine.keys() == theirs.keys()
@@ -217,16 +235,14 @@ def test_loss_gradient_and_acceptance_are_those_of_plain_torch(
     assert kept["groups"]["accepted"] == (sum(in_a_row), len(in_a_row))
 
 
+@pytest.mark.full
 def test_the_tiny_recipe_drafts_what_its_base_says(tmp_path: Path) -> None:
-    """A third of its steps, over a base of half its own: most first drafts are the base's tokens. The folder
-    has what vLLM's `mlp_speculator` reads, and no more."""
-    from safetensors.torch import load_file
-
+    """A third of its steps, over a base of half its own: most first drafts are the base's tokens."""
     base = execute(
         load_recipe(FOLDER.parent / "distill/teacher.yaml", ["train_iters=100", "logger.level=WARNING"]),
         output_dir=tmp_path / "base", resume="", stop=StopRequest(),
     )  # fmt: skip
-    result = execute(
+    execute(
         load_recipe(FOLDER / "tiny.yaml", [f"model.name_or_path={base.exports[0]}", "train_iters=100",
                                            "eval_interval=0", "logger.level=WARNING"]),
         output_dir=tmp_path / "run", resume="", stop=StopRequest(),
@@ -235,18 +251,26 @@ def test_the_tiny_recipe_drafts_what_its_base_says(tmp_path: Path) -> None:
     assert first["eval/accepted"] < 0.1
     assert min(last[f"eval/acceptance_{n}"] for n in (1, 2, 3)) > 0.5
     assert last["eval/accepted"] > 1.2
+
+
+def test_an_mlp_is_written_as_vllm_reads_it(tmp_path: Path, data: Path) -> None:
+    """`mlp_speculator`: its keys in config.json, its names of weights, and no more."""
+    from safetensors.torch import load_file
+
+    checkpoint = [{"type": "huggingface", "save_end_of_training": True}]
+    made = content(data, "mlp", train_iters=1, checkpoint=checkpoint)
+    path = write_recipe(tmp_path / "recipe.yaml", made)
+    result = execute(load_recipe(path), output_dir=tmp_path / "run", resume="", stop=StopRequest())
     (export,) = result.exports
     said = json.loads((export / "config.json").read_text())
-    assert said["architectures"] == ["MLPSpeculatorPreTrainedModel"]
-    assert said["base_model_archs"] == ["LlamaForCausalLM"]
-    wanted = {"model_type": "mlp_speculator", "emb_dim": 96, "inner_dim": 96, "n_predict": 3,
-              "tie_weights": True, "scale_input": True, "vocab_size": 262,
-              "top_k_tokens_per_head": [1, 1, 1]}  # fmt: skip
+    wanted = {"architectures": ["MLPSpeculatorPreTrainedModel"], "model_type": "mlp_speculator",
+              "emb_dim": 24, "inner_dim": 16, "n_predict": 3, "tie_weights": True,
+              "scale_input": True, "vocab_size": 262, "top_k_tokens_per_head": [1, 1, 1]}  # fmt: skip
     assert {key: said[key] for key in wanted} == wanted
     shapes = {name: tuple(w.shape) for name, w in load_file(export / "model.safetensors").items()}
     assert shapes == {
-        "emb.0.weight": (262, 96), "head.0.weight": (262, 96), "ln.0.weight": (96,),
-        "ln.0.bias": (96,), "proj.0.weight": (96, 96), "proj.1.weight": (96, 96),
+        "emb.0.weight": (262, 16), "head.0.weight": (262, 16), "ln.0.weight": (16,),
+        "ln.0.bias": (16,), "proj.0.weight": (16, 24), "proj.1.weight": (16, 16),
     }  # fmt: skip
 
 
