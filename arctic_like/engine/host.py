@@ -58,6 +58,8 @@ def connect(world: World) -> HostGroup:
 
     if not dist.is_initialized():
         use_own_ninja()
+        if world.local_rank == 0:
+            _remove_stale_locks()
         import deepspeed
 
         for key, value in (
@@ -78,6 +80,15 @@ def connect(world: World) -> HostGroup:
             )
         _unlink_shared_buffer(world)
     return HostGroup(world)
+
+
+def _remove_stale_locks() -> None:
+    from loguru import logger
+
+    from arctic_like.engine.op_locks import remove_stale_locks
+
+    for lock in remove_stale_locks():
+        logger.warning(f"removed {lock}: the process that compiled or loaded there was killed")
 
 
 def _unlink_shared_buffer(world: World) -> None:
