@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field, field_validator
 
@@ -13,6 +13,9 @@ from arctic_like.config.base import PartConfig, wrong
 from arctic_like.config.interval import Interval
 from arctic_like.config.values import HumanInt, RecipePath
 from arctic_like.registry import Part
+
+if TYPE_CHECKING:
+    from arctic_like.checkpoint.background import BackgroundSave
 
 
 class CheckpointConfig(PartConfig):
@@ -98,6 +101,11 @@ class CheckpointEngine(Part, family="checkpoint"):
         retention = self.retention(steps_per_epoch=steps_per_epoch, total_steps=total_steps)
         if saved:
             tidy(saved[0].parent, saved, retention, monitored)
+
+    @property
+    def background(self) -> BackgroundSave | None:
+        """What this rank is still writing of the last save; None where saves end when they return."""
+        return None
 
     def due(self, *, step: int, epoch: int | None = None) -> bool:
         """Whether to save after optimizer step `step` (from 1).

@@ -13,6 +13,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from arctic_like.checkpoint.background import BackgroundSave
 from arctic_like.checkpoint.base import CheckpointConfig, CheckpointEngine
 from arctic_like.checkpoint.layout import ENGINE, RUN_STATE, complete_checkpoints, marker
 from arctic_like.checkpoint.publish import (
@@ -24,6 +25,7 @@ from arctic_like.checkpoint.publish import (
     verify,
 )
 from arctic_like.checkpoint.retention import MONITORED, Monitored
+from arctic_like.engine.snapshot import CapturedFile, HostArena
 from arctic_like.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -38,6 +40,10 @@ class DeepSpeedCheckpointConfig(CheckpointConfig):
     type: str = "deepspeed"
     """`deepspeed`: everything that a resume needs."""
 
+    asynchronous: bool = False
+    """Write while training goes on: the step that saves waits for a copy of the state to host memory, which
+    this needs as much of as a checkpoint is large. The checkpoint appears when all of it is on the disk."""
+
 
 class DeepSpeedCheckpoint(CheckpointEngine):
     """Saves and loads the whole state of a run."""
@@ -46,6 +52,17 @@ class DeepSpeedCheckpoint(CheckpointEngine):
     config_type = DeepSpeedCheckpointConfig
     resumable = True
     folder = "checkpoints"
+    config: DeepSpeedCheckpointConfig
+
+    def __init__(self, config: DeepSpeedCheckpointConfig) -> None:
+        super().__init__(config)
+        self._background: BackgroundSave | None = None
+        self._arena = HostArena()
+
+    @property
+    def background(self) -> BackgroundSave | None:
+        """See `CheckpointEngine.background`."""
+        return self._background
 
     def save(
         self,
@@ -66,6 +83,8 @@ class DeepSpeedCheckpoint(CheckpointEngine):
         run_state: plain values, the same on all ranks. rank_state: this rank's, types and tensors.
         state_bytes: what all ranks' files will need at least. Raises CheckpointError if that is not free.
         monitored: what these weights measured; decides, with those of the others, which of them stay.
+        Where the config is `asynchronous`, it returns when the state is copied; see `background`. The one
+        before must be over.
         """
         import torch
 
@@ -83,24 +102,51 @@ class DeepSpeedCheckpoint(CheckpointEngine):
         refused = host.from_main(refused)
         if refused:
             raise CheckpointError(refused)
+        rank_file = f"ranks/rank-{world.rank}.pt"
+        captured: list[CapturedFile] = []
         error: BaseException | None = None
         try:
             for name, engine in engines.items():
-                engine.save(partial, tag=tag_of(name))
-            torch.save(rank_state, partial / "ranks" / f"rank-{world.rank}.pt")
+                captured += engine.save(partial, tag=tag_of(name), capture=self.config.asynchronous)
+            if self.config.asynchronous:
+                copies = self._arena.snapshot([*(file.state for file in captured), rank_state])
+            else:
+                torch.save(rank_state, partial / rank_file)
         except (OSError, RuntimeError) as problem:
-            error = CheckpointError(f"the checkpoint {directory} could not be written: {problem}")
+            error = _not_written(directory, problem)
         host.raise_together(error)
-        mine = files_below(partial)[world.rank :: world.size]
-        entries: dict[str, Any] = {}
-        for part in host.gather(seal(partial, mine)):
-            entries.update(part)
-        if world.is_main:
+
+        def conclude(entries: dict[str, Any]) -> None:
             publish(directory, entries)
             self.let_go(
                 complete_checkpoints(directory.parent), metric,
                 steps_per_epoch=steps_per_epoch, total_steps=total_steps,
             )  # fmt: skip
+
+        if self.config.asynchronous:
+            *states, rank_copy = copies
+            # Without the states themselves, which would live as long as this.
+            files = [(f.write, state, f.path) for f, state in zip(captured, states, strict=True)]
+
+            def write_all() -> list[str]:
+                try:
+                    for write, state, path in files:
+                        write(state, path)
+                    torch.save(rank_copy, partial / rank_file)
+                except (OSError, RuntimeError) as problem:
+                    raise _not_written(directory, problem) from problem
+                return [rank_file, *(str(Path(path).relative_to(partial)) for _, _, path in files)]
+
+            self._background = BackgroundSave(
+                partial, rank=world.rank, ranks=world.size, write=write_all, publish=conclude
+            )
+            return
+        mine = files_below(partial)[world.rank :: world.size]
+        entries: dict[str, Any] = {}
+        for part in host.gather(seal(partial, mine)):
+            entries.update(part)
+        if world.is_main:
+            conclude(entries)
         host.barrier()
 
     def load(
@@ -131,6 +177,10 @@ class DeepSpeedCheckpoint(CheckpointEngine):
             torch.load(directory / "ranks" / f"rank-{rank}.pt", weights_only=True)
             for rank in range(saved["world_size"])
         ]
+
+
+def _not_written(directory: Path, problem: BaseException) -> CheckpointError:
+    return CheckpointError(f"the checkpoint {directory} could not be written: {problem}")
 
 
 def tag_of(learner: str) -> str:

@@ -20,6 +20,7 @@ from arctic_like.engine.held import held
 from arctic_like.engine.host import HostGroup
 from arctic_like.engine.idle_parameters import settle
 from arctic_like.engine.layout import Layout, layout_of, shape_of, training_device
+from arctic_like.engine.snapshot import Capture, CapturedFile
 from arctic_like.errors import CheckpointError, RunError
 from arctic_like.world import World
 
@@ -281,10 +282,13 @@ class Engine:
             for parameter in trainable:
                 parameter.requires_grad_(True)
 
-    def save(self, folder: Path, *, tag: str) -> None:
+    def save(self, folder: Path, *, tag: str, capture: bool = False) -> list[CapturedFile]:
         """Write DeepSpeed's files of all ranks to `folder/tag`, without what is frozen where the recipe
-        brings that back (`frozen_base`). Collective."""
-        with frozen_base.trained_only(self) as smaller:
+        brings that back (`frozen_base`). Collective.
+
+        capture: do not write this rank's tensors, but return the files that they would go into.
+        """
+        with frozen_base.trained_only(self) as smaller, self._captured(capture) as files:
             self.engine.save_checkpoint(
                 str(folder), tag=tag, save_latest=False, client_state=self._universal_facts(),
                 exclude_frozen_parameters=smaller,
@@ -293,6 +297,20 @@ class Engine:
             facts = {"shapes": self.shapes(), "resized": sorted(self.resized)}
             facts |= frozen_base.facts(self)
             (folder / tag / SHAPES).write_text(json.dumps(facts))
+        return files
+
+    @contextlib.contextmanager
+    def _captured(self, capture: bool) -> Iterator[list[CapturedFile]]:
+        """A context in which DeepSpeed's files go into the list instead of to the disk."""
+        if not capture:
+            yield []
+            return
+        writer = self.engine.checkpoint_engine
+        self.engine.checkpoint_engine = Capture(writer)
+        try:
+            yield self.engine.checkpoint_engine.files
+        finally:
+            self.engine.checkpoint_engine = writer
 
     def _universal_facts(self) -> dict[str, Any]:
         # What `ds_to_universal` needs to know of the model; empty: nothing is pipelined or padded.

@@ -180,7 +180,8 @@ class Trainer(Part, Moments, Surface, family="trainer"):
         saved = None
         if session.resume is not None:
             saved = self.equipment.saver.load(self, session.resume)
-        self.equipment.recorder.start(saved=saved["metrics"] if saved else None)
+        with self.preserve_random_state():  # what consoles and trackers import draws from it
+            self.equipment.recorder.start(saved=saved["metrics"] if saved else None)
         remember(self)
         if session.resume is not None:
             logger.info(f"resumed from {session.resume} at step {self.global_step}")
@@ -200,6 +201,7 @@ class Trainer(Part, Moments, Surface, family="trainer"):
             with contextlib.suppress(Exception):
                 self.emit("on_exception", error)
         self._stream = None
+        equipment.saver.give_up()
         equipment.recorder.finish(exit_code)
         for learner in equipment.learners.values():
             learner.engine.destroy()
@@ -216,6 +218,7 @@ class Trainer(Part, Moments, Surface, family="trainer"):
         while not self.is_done:
             self.epoch()
         self._finish()
+        self.equipment.saver.settle(self)
         for learner in self.learners.values():
             learner.finish_training()
         if self.is_complete:

@@ -32,10 +32,14 @@ class Requests:
         while True:
             wanted = _wanted(trainer)
             kind = wanted if wanted in STOP_REASONS or not wanted else "callback"
-            total, *asked = trainer.session.host.sum([
-                weight, *(float(reason == kind) for reason in STOP_REASONS),
+            saver = trainer.equipment.saver
+            total, news, *asked = trainer.session.host.sum([
+                weight, float(saver.news), *(float(reason == kind) for reason in STOP_REASONS),
                 *(float(wish in self.wishes) for wish in WISHES),
             ])  # fmt: skip
+            if news:
+                with trainer.clock_stopped():
+                    saver.settle(trainer)
             stops, wishes = asked[: len(STOP_REASONS)], asked[len(STOP_REASONS) :]
             if any(wishes):
                 self._grant(trainer, {w for w, n in zip(WISHES, wishes, strict=True) if n})

@@ -38,6 +38,7 @@ class Rewind:
 def checkpoint_before(trainer: Trainer, step: int) -> Path | None:
     """The newest complete checkpoint of a step before `step`, by rank zero's file system. Collective."""
     saver, host = trainer.equipment.saver, trainer.session.host
+    saver.settle(trainer)
     engine = saver.resumable_engine()
     found: Path | None = None
     if engine is not None and trainer.world.is_main:

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from arctic_like.trainer.learner import Learner
 
 FORMAT = 2
+GRACE = 60.0
+"""Seconds that a run which failed waits for a checkpoint that is being written."""
 
 
 class Saver:
@@ -33,6 +35,7 @@ class Saver:
         self.exports: list[Path] = []
         self._due: list[Any] = []
         self._saved: dict[int, tuple[int, int]] = {}
+        self._under_way: dict[Any, Path] = {}
 
     def folder(self, engine: Any) -> Path:
         """Where an engine's `step-N` folders lie."""
@@ -73,13 +76,41 @@ class Saver:
         step = trainer.global_step
         for engine in sorted(self._due, key=lambda engine: engine.resumable):
             directory = self.folder(engine) / f"step-{step}"
+            self.settle(trainer)
             trainer.emit("on_checkpoint_start")
             self.write(trainer, engine, directory)
             self._saved[id(engine)] = trainer.moment
+            if engine.background is not None:
+                self._under_way[engine] = directory
+                continue
             if not engine.resumable and directory not in self.exports:
                 self.exports.append(directory)
             trainer.emit("on_checkpoint_end", directory)
         self._due = []
+
+    def settle(self, trainer: Trainer) -> None:
+        """Wait until what was saved is complete, and tell the callbacks. Collective. Raises CheckpointError
+        on every rank where a part of it could not be written."""
+        for engine, directory in list(self._under_way.items()):
+            del self._under_way[engine]
+            self._session.host.raise_together(engine.background.join())
+            trainer.emit("on_checkpoint_end", directory)
+
+    @property
+    def news(self) -> bool:
+        """Whether something that this rank writes in the background failed or, on rank zero, is complete:
+        then all ranks should `settle`."""
+        main = self._session.world.is_main
+        return any(
+            engine.background.over and (main or engine.background.error is not None)
+            for engine in self._under_way
+        )
+
+    def give_up(self) -> None:
+        """After an error: let what is being written be completed if it can be. Local."""
+        for engine in self._under_way:
+            engine.background.give_up(after=GRACE)
+        self._under_way = {}
 
     @property
     def saves_best(self) -> bool:
@@ -157,7 +188,9 @@ class Saver:
         return next((engine for engine in self.engines if engine.resumable), None)
 
     def newest(self) -> Path | None:
-        """The newest complete checkpoint that a resume would pick."""
+        """The newest complete checkpoint that a resume would pick, with one that is being written."""
+        for engine in self._under_way:
+            engine.background.give_up(after=GRACE)
         found = [newest(self.folder(e)) for e in self.engines if e.resumable]
         return next((path for path in found if path), None)
 
@@ -175,6 +208,7 @@ class Saver:
         """`load` with one engine."""
         from arctic_like.engine.random_state import set_random_state
 
+        self.settle(trainer)
         saved = saved_state(directory)
         self._saved = {}
         equipment, world = trainer.equipment, self._session.world
