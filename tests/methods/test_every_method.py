@@ -131,6 +131,7 @@ METHODS: dict[str, Make] = {
         texts_of(classification, "sentences", model=ENCODING_CLASSIFIER, task="token"), "bert"
     ),
     "lora-further": further(reward),
+    "lora-distill": adapted(of("distill", "conversations", **DISTILL, **HIDDEN)),
 }
 # stage, ranks, micro-batch size, packed where the method packs
 DIVISIONS = {"fine": (0, 1, 1, True), "two": (2, 2, 2, False), "three": (3, 2, 4, True)}
@@ -142,7 +143,7 @@ GROUPS = {
     "adapters": ["lora-sft", "lora-dpo", "lora-kto"],
     "adapted-decoders": ["lora-reward", "lora-process", "lora-embedding", "lora-labels"],
     "adapted-encoders": ["lora-encoder", "lora-pooled", "lora-words"],
-    "further": ["lora-further"],
+    "further": ["lora-further", "lora-distill"],
 }
 ROWS: dict[str, Any] = {
     "pairs": pairs, "answers": answers, "solutions": solutions, "units": units, "texts": texts,

@@ -17,6 +17,7 @@ from arctic_like.api import execute
 from arctic_like.stop import StopRequest
 from tests.data.tokenizers_for_tests import tokenizer_for
 from tests.integration.tools import WORDS, lines, write_conversations, write_recipe
+from tests.methods.runs import write_rows
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 SMALL = {
@@ -78,9 +79,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_there_are_some_of_every_kind() -> None:
     assert {path.parent.name for path in FULL_SIZE} >= {
-        "sft", "lora", "dpo", "orpo", "simpo", "kto", "distill", "speculator"
+        "sft", "lora", "dpo", "orpo", "simpo", "kto", "distill", "speculator", "reward", "embedding"
     }  # fmt: skip
-    assert len(FULL_SIZE) >= 17
+    assert len(FULL_SIZE) >= 19
 
 
 @pytest.mark.parametrize("path", FULL_SIZE, ids=name_of)
@@ -134,8 +135,14 @@ def test_it_runs_small(folder: Path, path: Path) -> None:
     data = content["data"]
     if data.get("type") in ("dpo", "kto"):
         file = preferences(place / "data.jsonl", data["type"])
+    elif data.get("type") == "embedding":
+        file = write_rows(
+            place / "data.jsonl",
+            [{"anchor": f"{number} {word}", "positive": word} for number, word in enumerate(WORDS)],
+        )
     else:
         file = write_conversations(place / "data.jsonl", count=40)
+    data.pop("train_eval_split", None)
     data |= {"sources": [str(file)], "eval_sources": [str(file)], "max_length": 256,
              "cache_dir": str(folder / "cache")}  # fmt: skip
     content["optimizer"]["type"] = "adamw"
