@@ -75,10 +75,15 @@ def test_however_a_batch_is_divided_the_heads_are_the_same(
 
 @pytest.mark.full
 def test_so_are_other_heads_in_other_divisions(data: Path, tmp_path: Path) -> None:
+    """And whole heads over a base that is divided at stage 3."""
     jobs = Jobs(tmp_path)
     for kind, divisions in MORE.items():
         jobs.add_divisions(kind, content(data, kind), divisions)
+    divided = content(data, "mlp", micro_batch_size=4)
+    divided["base"]["deepspeed"] = {"zero_optimization": {"stage": 3}}
+    jobs.add("mlp-divided", divided, ranks=2)
     jobs.drive()
+    same(tmp_path / "mlp-whole", tmp_path / "mlp-divided")
     for kind, divisions in MORE.items():
         for division in divisions:
             same(tmp_path / f"{kind}-whole", tmp_path / f"{kind}-{division}")
