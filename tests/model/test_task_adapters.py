@@ -67,15 +67,16 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: root / name for name in ("llama", "bert")}
 
 
-def built(kind: str, base: Path | None = None, **more: Any) -> Any:
+def built(kind: str, base: Path | None = None, *, tokenizer: Any = None, **more: Any) -> Any:
     """The model of a recipe, as it is trained."""
     model = {"dtype": "fp32", **KINDS[kind][1], **more}
     if base is not None:
         model["name_or_path"] = str(base)
     part: Any = lookup("model", model["type"])
     return part(part.config_type.model_validate(model)).build(
-        tokenizer=byte_tokenizer(), seed=3, world=World(), device="cpu", zero_stage=0, ds_config={}
-    )
+        tokenizer=tokenizer or byte_tokenizer(), seed=3, world=World(), device="cpu", zero_stage=0,
+        ds_config={},
+    )  # fmt: skip
 
 
 def plain(kind: str, base: Path) -> Any:
@@ -210,6 +211,17 @@ def test_the_head_begins_as_it_does_without_an_adapter(bases: dict[str, Path]) -
         assert torch.equal(outputs(built(kind, bases[base], peft_config=LORA)), outputs(whole))
 
 
+def test_a_head_that_the_base_has_is_trained_on(bases: dict[str, Path], tmp_path: Path) -> None:
+    scorer = moved(built("scoring", bases["llama"]))
+    export(scorer, byte_tokenizer(), directory=tmp_path / "scorer", host=HostGroup(World()))
+    model = built("scoring", tmp_path / "scorer", peft_config=LORA)
+    assert torch.equal(model.get_base_model().score.weight, scorer.score.weight)
+    torch.testing.assert_close(outputs(model), outputs(scorer), rtol=0, atol=1e-6)
+    export(moved(model), byte_tokenizer(), directory=tmp_path / "out", host=HostGroup(World()))
+    loaded, _ = load_for_inference(tmp_path / "out")
+    torch.testing.assert_close(outputs(loaded), outputs(model)[:, -1], rtol=0, atol=2e-6)
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -255,6 +267,28 @@ def test_a_checkpoint_of_a_run_is_its_export(bases: dict[str, Path], tmp_path: P
     assert done.exit_code == 0, done.exception
     merged = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
     torch.testing.assert_close(outputs(merged), outputs(kept), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["scoring", "labels", "embedding"])
+def test_rows_of_added_tokens_go_along(bases: dict[str, Path], tmp_path: Path, kind: str) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(["<|think|>"])
+    rows = "embed_tokens" if KINDS[kind][0] == "llama" else "word_embeddings"
+    config = {**LORA, "modules_to_save": [rows]}
+    model = moved(built(kind, bases[KINDS[kind][0]], tokenizer=tokenizer, peft_config=config))
+    export(model, tokenizer, directory=tmp_path / "out", host=HostGroup(World()))
+    ours, its = load_for_inference(tmp_path / "out")
+    assert ours.get_input_embeddings().weight.shape[0] == len(its) == 263
+    new = torch.tensor([[5, 262, 7]])
+    with torch.no_grad():
+        found, expected = (one.eval()(input_ids=new)[0] for one in (ours, model))
+    expected = expected[:, -1] if kind == "scoring" else expected
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-6)
+    done = CliRunner().invoke(command, [str(tmp_path / "out"), str(tmp_path / "merged")])
+    assert done.exit_code == 0, done.exception
+    merged, _ = load_for_inference(tmp_path / "merged")
+    with torch.no_grad():
+        torch.testing.assert_close(merged(input_ids=new)[0], found, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(
