@@ -89,7 +89,8 @@ def _foreign(given: Mapping[str, Any]) -> Iterator[Problem]:
             yield Problem(
                 f"is {given[key][size]}; model parallelism is not supported yet",
                 place=_place(key, size),
-                hint="Remove it and use ZeRO stage 3 to share a large model among ranks.",
+                hint="Remove it and use ZeRO stage 3 to share a large model among ranks, "
+                "sequence_parallel_size to share long rows.",
             )
 
 
