@@ -101,7 +101,8 @@ def check_sharing(
     import torch
 
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    # measured: 1e-6 in fp32, 1e-2 in bf16; a model that counts positions by itself 0.1 to 1
+    # measured on a CPU: at most 4e-7 in fp32 over 40 architectures, 0 in bf16 over ten; bidirectional or
+    # blockwise attention lies 1 to 5 off. A GPU may round the two ways differently.
     if apart > (1e-3 if dtype == torch.float32 else 8e-2):
         kind = _base(model).config.model_type
         raise RecipeError(

@@ -176,6 +176,12 @@ def more_runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
         runs.pair(
             name, make[kind](**changes), stages=(2, 3) if name in ("adapter", "kto") else (2,)
         )
+    asked = [{"type": "exact_match", "source": str(runs.more), "max_new_tokens": 4}]
+    runs.pair(
+        "answering",
+        runs.sft(train_iters=VARIANT_STEPS, eval_interval=3, callbacks=asked),
+        stages=(3,),
+    )
     focal = runs.folder / "focal.py"
     focal.write_text(next(b.text for b in blocks(PAGE) if b.file == focal.name))
     made = runs.sft(type="focal_shared", code=str(focal), train_iters=VARIANT_STEPS)
@@ -200,6 +206,15 @@ def more_runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 def test_what_shares_rows_trains_as_what_does_not(more_runs: Runs, name: str) -> None:
     for stage in (2, 3) if name in ("adapter", "kto") else (2,):
         more_runs.same(f"{name}-{stage}", f"{name}-one", steps=VARIANT_STEPS)
+
+
+@pytest.mark.full
+def test_ranks_that_share_rows_answer_prompts(more_runs: Runs) -> None:
+    """Generation is that of the plain model; at stage 3 all ranks take part."""
+    more_runs.same("answering-3", "answering-one", steps=VARIANT_STEPS)
+    measured = [line for line in lines(more_runs.folder / "answering-3") if "eval/loss" in line]
+    assert [line["step"] for line in measured] == [3, 6]
+    assert all("eval/exact_match" in line for line in measured)
 
 
 @pytest.mark.full
