@@ -157,6 +157,7 @@ def refuse_what_cannot_run(recipe: Recipe, *, on_cpu: bool) -> None:
     """
     from arctic_like.engine.ds_rules import Facts, deepspeed_problems
     from arctic_like.recipe import run_time_refusals
+    from arctic_like.trainer.memory import memory_problems
 
     config = recipe.config
     problems: list[Problem] = list(run_time_refusals(config))
@@ -166,6 +167,7 @@ def refuse_what_cannot_run(recipe: Recipe, *, on_cpu: bool) -> None:
         on_cpu=on_cpu,
     )
     problems += deepspeed_problems(config.deepspeed, facts=facts)
+    problems += memory_problems(config)
     refuse = getattr(recipe.trainer, "refuse", None)
     if refuse is not None:
         problems += refuse()

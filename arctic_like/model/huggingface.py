@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -50,7 +50,13 @@ class HFModelConfig(ModelConfig):
     no sdpa."""
 
     disable_activation_checkpoint: bool = False
-    """Keep all activations for the backward pass, in place of computing them again."""
+    """Keep all activations for the backward pass: `activation_checkpointing: none`."""
+
+    activation_checkpointing: Literal["full", "selective", "none"] | Annotated[int, Field(ge=1)] = (
+        "full"
+    )
+    """What layers compute again in the backward pass: all but their input (`full`); what is no matrix product
+    and no attention (`selective`); nothing (`none`); every k-th layer in full (a whole number)."""
 
     hf_config_kwargs: dict[str, Any] = Field(default_factory=dict)
     """Values that replace those of the model's config, such as `attention_dropout: 0.1`."""
@@ -86,6 +92,14 @@ class HFModelConfig(ModelConfig):
             raise wrong("names no model", hint=hint)
         if self.config is not None and not isinstance(self.config.get("model_type"), str):
             raise wrong("says no model_type", place="config", hint="add model_type: llama")
+        return self
+
+    @model_validator(mode="after")
+    def _one_way_to_checkpoint(self) -> Self:
+        said = self.given("activation_checkpointing") and self.activation_checkpointing != "none"
+        if said and self.disable_activation_checkpoint:
+            raise wrong("and disable_activation_checkpoint are both given",
+                        place="activation_checkpointing", hint="keep one of them")  # fmt: skip
         return self
 
     @field_validator("hidden_projections")
@@ -127,7 +141,8 @@ class HFModelConfig(ModelConfig):
         """Whether nothing is computed again in the backward pass. A prefix is a cache, which transformers
         does not give to layers that are."""
         prefix = kind_of(self.peft_config or {}) == "PREFIX_TUNING"
-        return prefix or self.disable_activation_checkpoint
+        none = self.activation_checkpointing == "none"
+        return prefix or none or self.disable_activation_checkpoint
 
 
 class HFModelFactory(ModelFactory):
@@ -188,7 +203,9 @@ class HFModelFactory(ModelFactory):
                 base, self.config, tokenizer, seed=seed, zero=zero, world=world, drawn=self._drawn
             )
         if not self.config.keeps_activations:
-            self._checkpoint_activations(base)
+            from arctic_like.model.activations import checkpoint_activations
+
+            checkpoint_activations(base, self.config.activation_checkpointing)
         return ready.train()
 
     def for_weights(self, *, tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> nn.Module:
@@ -286,20 +303,3 @@ class HFModelFactory(ModelFactory):
             f"the model cannot be built: {reason.strip()}",
             place="model.name_or_path" if self.config.name_or_path else "model.config",
         )
-
-    def _checkpoint_activations(self, model: PreTrainedModel) -> None:
-        # Renamed in transformers 5.18 or later; the old name warns from then on and goes in 6.
-        enable = (
-            getattr(model, "activation_checkpointing_enable", None)
-            or model.gradient_checkpointing_enable
-        )
-        try:
-            enable({"use_reentrant": False})
-        except ValueError as error:
-            raise RecipeError(
-                Problem(
-                    f"{model.config.model_type} cannot checkpoint activations",
-                    place="model.disable_activation_checkpoint",
-                    hint="set it to true",
-                )
-            ) from error

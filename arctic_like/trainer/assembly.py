@@ -7,6 +7,7 @@ Parts receive values by the names of their parameters (`run_info.supply`), never
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -25,6 +26,7 @@ from arctic_like.trainer.config import resolve_batch
 from arctic_like.trainer.continuity import check_batch_size, check_continuity, check_samples
 from arctic_like.trainer.learner import Learner
 from arctic_like.trainer.measured import check_measured
+from arctic_like.trainer.memory import spare_memory
 from arctic_like.trainer.preparation import build_data, build_tokenizer
 from arctic_like.trainer.sequence import prove_sharing, share_rows
 from arctic_like.trainer.surface import MAIN
@@ -155,7 +157,7 @@ def assemble(trainer: Trainer, session: Session) -> Equipment:
     def learner(name: str, part: Any, resumed: dict[str, Any] | None = None) -> Learner:
         made = _learner(
             name, part, info, tokenizer=tokenizer, resumed=resumed, notice=notice, monitor=monitor,
-            sequence=session.sequence,
+            sequence=session.sequence, spare_memory=functools.partial(spare_memory, config),
         )  # fmt: skip
         prove_sharing(made.engine.module, session.sequence, device=world.device)
         return made
@@ -325,6 +327,7 @@ def _stage(ds_config: dict[str, Any]) -> int:
 def _learner(
     name: str, part: Any, info: RunInfo, *, tokenizer: Any, resumed: dict[str, Any] | None,
     notice: _Notices, monitor: MetricMonitor, sequence: SequenceGroup,
+    spare_memory: Callable[..., None],
 ) -> Learner:  # fmt: skip
     """Model, optimizer, engine and scheduler of one learner. A key of the recipe names each moment:
     `model`, `optimizer`, … of the recipe's own, `critic.model`, … of the others."""
@@ -364,6 +367,7 @@ def _learner(
         if sentence := untested(optimizer, zero_stage=_stage(ds_config)):
             logger.warning(sentence)
     with notice.part(f"{prefix}engine"):
+        spare_memory(module, zero_stage=_stage(ds_config))
         engine = Engine(module, optimizer=optimizer, config=ds_config)
         transplant(engine, begin)
         engine.engine.train()

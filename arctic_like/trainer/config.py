@@ -125,10 +125,6 @@ class TrainerConfig(PartConfig):
     not_yet: ClassVar[dict[str, str]] = {
         "expert_parallel_size": "every rank holds all experts; ZeRO stage 3 partitions them",
         "arctic_moe": "the model's own code computes its experts; leave it out",
-        "tiled_mlp_compute": "activation checkpointing (on by default) saves most of that memory",
-        "activation_checkpoint_cpu_offload": (
-            "activation checkpointing (on by default) recomputes instead of keeping them"
-        ),
     }
     no_effect: ClassVar[dict[str, str]] = {
         "skip_validation": "a part that goes with the trainer by derivation is accepted as it is",
@@ -280,10 +276,10 @@ class TrainerConfig(PartConfig):
     """Compute experts with ArcticTraining's own layers."""
 
     tiled_mlp_compute: bool = False
-    """Compute MLPs piece by piece to save memory."""
+    """Compute MLPs for a piece of the row at a time, and again in the backward pass, to save memory."""
 
     activation_checkpoint_cpu_offload: bool = False
-    """Keep checkpointed activations in host memory."""
+    """Keep the inputs of checkpointed layers in host memory between forward and backward (CUDA)."""
 
     mem_profiler: Literal["step", "e2e"] | None = None
     """Record CUDA allocations: short form of `callbacks: [{type: cuda_memory, mode: …}]`."""

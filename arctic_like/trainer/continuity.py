@@ -28,6 +28,8 @@ HARMLESS = (
     "data.cache_dir", "data.num_proc", "data.dl_num_workers", "data.eval_sources", "data.test_sources",
     "data.fail_on_missing_cache", "data.use_data_cache", "data.cache_processed_data",
     "model.attn_implementation", "model.disable_activation_checkpoint", "model.save_name",
+    "model.activation_checkpointing", "*.model.activation_checkpointing", "tiled_mlp_compute",
+    "activation_checkpoint_cpu_offload",
     "*.model.attn_implementation", "*.model.disable_activation_checkpoint",
 )  # fmt: skip
 UNSAID = (

@@ -117,6 +117,10 @@ def check_model(model: HFModelConfig) -> None:
                     place="adapter_dtype", hint="leave it out, or write fp32")  # fmt: skip
     if model.adapter_task != CAUSAL:
         _check_task(model)
+    how = model.activation_checkpointing
+    if model.keeps_activations and model.given("activation_checkpointing") and how != "none":
+        raise wrong(f"is {how}, and prefix tuning cannot compute activations again",
+                    place="activation_checkpointing", hint="set it to none")  # fmt: skip
     again = "disable_activation_checkpoint"
     if model.keeps_activations and model.given(again) and not getattr(model, again):
         raise wrong("is false, and prefix tuning cannot compute activations again", place=again,
