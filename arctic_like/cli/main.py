@@ -17,6 +17,7 @@ from arctic_like.errors import INTERRUPTED, WRONG, ArcticError
 VERBS = {
     "resume": ("arctic_like.cli.train:resume", "Go on with the run in a directory."),
     "validate": ("arctic_like.cli.validate:command", "Check a recipe without running it."),
+    "plan": ("arctic_like.cli.plan:command", "Say what a run will take, before the run."),
     "preprocess": ("arctic_like.cli.preprocess:command", "Prepare a recipe's data before a run."),
     "inspect": ("arctic_like.cli.inspect:command", "Show samples as the model will see them."),
     "cache": ("arctic_like.cli.cache:command", "List and remove prepared data."),

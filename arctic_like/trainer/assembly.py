@@ -71,6 +71,8 @@ class Session:
     """Weight of the current global batch over all ranks."""
     micro_batch: int = 0
     """Which of this rank's micro-batches of the step is under way."""
+    rehearsed: Any = None
+    """`tokenizer` and `data` that are there already: nothing is trained, the run is planned."""
 
     def external_stop(self, kill_switch: Path | None) -> str:
         """Whether a signal or the kill-switch file asks to stop (asked on rank zero, once a step)."""
@@ -133,21 +135,22 @@ def assemble(trainer: Trainer, session: Session) -> Equipment:
     notice = _Notices(trainer, callbacks)
     info = RunInfo(
         output_dir=session.directory.path, seed=config.seed, world=world, device=world.device,
-        epochs=config.epochs, deepspeed=config.deepspeed, **_batch_sizes(config, world, resumed),
+        epochs=config.epochs, deepspeed=config.deepspeed, **batch_sizes(config, world, resumed),
     )  # fmt: skip
 
     notice("on_run_start")
     notice("on_setup_start")
+    ready = session.rehearsed
     with notice.part("tokenizer"):
-        tokenizer = build_tokenizer(config, info)
+        tokenizer = ready.tokenizer if ready else build_tokenizer(config, info)
     with notice.part("data"):
-        data = prepare_data(config, info, tokenizer, session)
+        data = ready.data if ready else prepare_data(config, info, tokenizer, session)
     check_measured(config, sets=len(data.evaluation))
-    plan, loader = _loader(config, info, data)
+    plan, loader = loader_of(config, info, data)
     if resumed:
         check_samples(resumed, samples=plan.size, allow=config.allow_changes)
         check_batch_size(resumed, plan)
-    total, warmup = _horizon(config, plan, data)
+    total, warmup = horizon(config, plan, data)
     info = replace(
         info, steps_per_epoch=plan.batches_per_epoch, training_horizon=total, warmup_steps=warmup,
         facts=MappingProxyType(dict(data.facts)),
@@ -169,8 +172,9 @@ def assemble(trainer: Trainer, session: Session) -> Equipment:
     }
     exporters = [build(one, "exporter") for one in config.exporters]
     check_exporters(exporters, list(learners))
-    for one in learners.values():
-        _prove_isolation(config, one.engine.module, info)
+    if not ready:
+        for one in learners.values():
+            _prove_isolation(config, one.engine.module, info)
     _start_generators(config, world)
     return Equipment(
         info=info, tokenizer=tokenizer, data=data, plan=plan, loader=loader, total_steps=total,
@@ -220,7 +224,7 @@ def _say_changes(config: Any, session: Session, resumed: dict[str, Any]) -> None
         logger.info(f"changed since the checkpoint: {sentence}")
 
 
-def _batch_sizes(config: Any, world: World, resumed: dict[str, Any] | None) -> dict[str, Any]:
+def batch_sizes(config: Any, world: World, resumed: dict[str, Any] | None) -> dict[str, Any]:
     """Micro-batch, accumulation and global batch. A resumed run keeps its global batch at any world size."""
     batch = config.resolve_batch(world.data_size)
     saved = resumed["global_batch_size"] if resumed else batch.global_batch_size
@@ -242,7 +246,8 @@ def _batch_sizes(config: Any, world: World, resumed: dict[str, Any] | None) -> d
     }
 
 
-def _loader(config: Any, info: RunInfo, data: PreparedData) -> tuple[Plan, Loader]:
+def loader_of(config: Any, info: RunInfo, data: PreparedData) -> tuple[Plan, Loader]:
+    """The order of the samples, and this rank's way through it."""
     from arctic_like.data.balance import division_of
     from arctic_like.data.loader import Loader
     from arctic_like.data.order import BatchPlan
@@ -264,7 +269,7 @@ def _loader(config: Any, info: RunInfo, data: PreparedData) -> tuple[Plan, Loade
     return plan, loader
 
 
-def _horizon(config: Any, plan: Plan, data: PreparedData) -> tuple[int, int]:
+def horizon(config: Any, plan: Plan, data: PreparedData) -> tuple[int, int]:
     """Optimizer steps of the run, and those of its warm-up."""
     total = config.train_iters or config.epochs * plan.batches_per_epoch
     total = max(total, config.min_iterations)

@@ -1,0 +1,116 @@
+"""Changes of a recipe that make it fit, cheapest first, each rehearsed before it is told."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from arctic_like.engine.ds_config import offload_device, zero_stage
+from arctic_like.planning.plan import Machine, Plan
+
+CHECKPOINT = "model.disable_activation_checkpoint=false"
+STAGE = "deepspeed.zero_optimization.stage={}"
+CUDA_ONLY = ("fused_adam", "fused_adam_moe")
+OFFLOAD = "deepspeed.zero_optimization.{}.device=cpu"
+
+
+@dataclass(frozen=True)
+class Change:
+    """Overrides of a recipe, and what they cost."""
+
+    overrides: tuple[str, ...]
+    price: str
+
+    def __add__(self, other: Change) -> Change:
+        merged = {_key(word): word for word in (*self.overrides, *other.overrides)}
+        return Change(tuple(merged.values()), f"{self.price}; {other.price}")
+
+    @property
+    def keys(self) -> set[str]:
+        """What it overrides."""
+        return {_key(word) for word in self.overrides}
+
+
+Replan = Callable[[tuple[str, ...]], Plan]
+
+
+def changes(config: Any, machine: Machine) -> Iterator[Change]:
+    """What could be done, the cheapest first. None of it changes what is learned but by rounding."""
+    micro = config.micro_batch_size
+    if micro > 1:
+        yield smaller(config, _half(config), machine)
+        if _half(config) > 1:
+            yield smaller(config, 1, machine)
+    if getattr(config.model, "disable_activation_checkpoint", False):
+        yield Change((CHECKPOINT,), "one more forward, about a third of the step")
+    stage = zero_stage(config.deepspeed)
+    # an optimizer that is a CUDA kernel does not run on the host
+    kernel = ("optimizer.type=cpu_adam",) if config.optimizer.type in CUDA_ONLY else ()
+    if machine.ranks > 1:
+        for higher in range(max(stage, 1) + 1 if stage else 1, 4):
+            price = "weights are gathered in every forward and backward" if higher == 3 else "none"
+            yield Change((STAGE.format(higher),), price)
+    if machine.on_gpu and offload_device(config.deepspeed, "offload_optimizer") == "none":
+        raised = () if stage else (STAGE.format(1),)
+        yield Change(
+            (*raised, *kernel, OFFLOAD.format("offload_optimizer")),
+            "the update runs on the host, whose memory it takes",
+        )
+    if machine.on_gpu and offload_device(config.deepspeed, "offload_param") == "none":
+        yield Change(
+            (
+                STAGE.format(3),
+                *kernel,
+                OFFLOAD.format("offload_optimizer"),
+                OFFLOAD.format("offload_param"),
+            ),
+            "weights come from the host in every forward and backward",
+        )
+
+
+def cheapest(config: Any, machine: Machine, replan: Replan) -> tuple[Change, Plan] | None:
+    """The first single change that fits, else the first sum of them; None where none does."""
+    tried = list(changes(config, machine))
+    for change in tried:
+        plan = replan(change.overrides)
+        if plan.fits:
+            return change, plan
+    together: Change | None = None
+    for change in _without_weaker(tried):
+        together = change if together is None else together + change
+        if together is change:
+            continue  # it was tried alone
+        plan = replan(together.overrides)
+        if plan.fits:
+            return together, plan
+    return None
+
+
+def smaller(config: Any, micro: int, machine: Machine) -> Change:
+    """A smaller micro-batch at the same global batch."""
+    batch = config.resolve_batch(machine.ranks)
+    words = [f"micro_batch_size={micro}"]
+    if config.global_batch_size is None or config.given("gradient_accumulation_steps"):
+        rounds = batch.global_batch_size // (micro * machine.ranks)
+        words.append(f"gradient_accumulation_steps={rounds}")
+    return Change(tuple(words), "smaller matrix products")
+
+
+def _key(override: str) -> str:
+    return override.partition("=")[0]
+
+
+def _half(config: Any) -> int:
+    """The largest proper divisor of the micro-batch."""
+    micro = int(config.micro_batch_size)
+    return max(size for size in range(1, micro) if micro % size == 0)
+
+
+def _without_weaker(tried: list[Change]) -> list[Change]:
+    """Of changes of the same keys only the last, which does most."""
+    return [
+        change
+        for number, change in enumerate(tried)
+        if not any(change.keys == later.keys for later in tried[number + 1 :])
+    ]

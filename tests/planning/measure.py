@@ -1,0 +1,75 @@
+"""Trains recipes on this rank and writes what each allocated, as torch's own CPU allocator reports it.
+
+The peak counts from when the model is there: what it holds then, and every allocation and release after.
+Reference cycles are collected before each micro-batch and each update: when Python does it by itself is
+chance.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from arctic_like import load_recipe
+from arctic_like.api import execute
+from arctic_like.stop import StopRequest
+
+
+def storages() -> dict[int, int]:
+    """Address → bytes of every tensor that Python knows."""
+    gc.collect()
+    found = [one for one in gc.get_objects() if isinstance(one, torch.Tensor)]
+    return {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in found}
+
+
+def measured(recipe_path: str, output_dir: Path) -> dict[str, int]:
+    """Peak in bytes on this rank, and the optimizer steps that were done."""
+    record = profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True)
+    recipe = load_recipe(recipe_path, [])
+    before, held = storages(), []
+
+    class Watched(recipe.trainer):  # type: ignore[misc, name-defined]
+        def on_part_start(self, name: str) -> None:
+            super().on_part_start(name)
+            if name.endswith("engine") and not held:
+                there = storages()
+                held.append(sum(there[key] for key in there.keys() - before.keys()))
+                record.start()
+
+        def on_micro_batch_start(self, batch: Any) -> None:
+            super().on_micro_batch_start(batch)
+            gc.collect()
+
+        def on_optimizer_step_start(self) -> None:
+            super().on_optimizer_step_start()
+            gc.collect()
+
+    object.__setattr__(recipe, "trainer", Watched)
+    result = execute(recipe, output_dir=output_dir, resume="", stop=StopRequest())
+    record.stop()
+    live = peak = held[0]
+    events = record.profiler.kineto_results.events()  # type: ignore[union-attr]
+    for event in sorted(events, key=lambda event: event.start_ns()):  # threads come one by one
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            peak = max(peak, live)
+    return {"peak": peak, "steps": result.steps}
+
+
+def main() -> None:
+    listing = Path(sys.argv[1])
+    rank = os.environ.get("RANK", "0")
+    found: dict[str, Any] = {}
+    for name, path in json.loads(listing.read_text()).items():
+        found[name] = measured(path, listing.parent / f"runs-{listing.stem}" / name)
+    listing.with_suffix(f".measured-{rank}").write_text(json.dumps(found))
+
+
+main()
