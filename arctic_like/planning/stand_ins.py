@@ -126,8 +126,8 @@ def _models(stack: ExitStack) -> None:
     stack.enter_context(patch.object(loading, "from_pretrained", _from_pretrained))
     stack.enter_context(patch.object(heads, "find_head", _find_head))
     found = {"digest": "", "weights": {}}
-    stack.enter_context(patch.object(fingerprint, "fingerprint", lambda _: found))
-    stack.enter_context(patch.object(reference, "fingerprint", lambda *_: ""))
+    stack.enter_context(patch.object(fingerprint, "fingerprint", lambda *_, **__: found))
+    stack.enter_context(patch.object(reference, "fingerprint", lambda *_, **__: ""))
     stack.enter_context(patch.object(reference, "prepare_table", lambda *_, **__: _Table()))
     _offer_flash(stack)
 

@@ -13,36 +13,39 @@ import os
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 from arctic_like import load_recipe
 from arctic_like.api import execute
+from arctic_like.engine.deepspeed import Engine
 from arctic_like.stop import StopRequest
 
 
-def storages() -> dict[int, int]:
-    """Address → bytes of every tensor that Python knows."""
-    gc.collect()
-    found = [one for one in gc.get_objects() if isinstance(one, torch.Tensor)]
-    return {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in found}
+def size_of(module: torch.nn.Module) -> int:
+    """Bytes of a module's weights and buffers, each storage once."""
+    held = [tensor.untyped_storage() for tensor in (*module.parameters(), *module.buffers())]
+    held += [p.ds_tensor.untyped_storage() for p in module.parameters() if hasattr(p, "ds_tensor")]
+    return sum({storage._cdata: storage.nbytes() for storage in held}.values())
 
 
 def measured(recipe_path: str, output_dir: Path) -> dict[str, int]:
     """Peak in bytes on this rank, and the optimizer steps that were done."""
     record = profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True)
     recipe = load_recipe(recipe_path, [])
-    before, held = storages(), []
+    held: list[int] = []
+    engine_made = Engine.__init__
+
+    def make(engine: Engine, module: torch.nn.Module, **arguments: Any) -> None:
+        if not held:
+            gc.collect()
+            held.append(size_of(module))
+            record.start()
+        engine_made(engine, module, **arguments)
 
     class Watched(recipe.trainer):  # type: ignore[misc, name-defined]
-        def on_part_start(self, name: str) -> None:
-            super().on_part_start(name)
-            if name.endswith("engine") and not held:
-                there = storages()
-                held.append(sum(there[key] for key in there.keys() - before.keys()))
-                record.start()
-
         def on_micro_batch_start(self, batch: Any) -> None:
             super().on_micro_batch_start(batch)
             gc.collect()
@@ -52,7 +55,8 @@ def measured(recipe_path: str, output_dir: Path) -> dict[str, int]:
             gc.collect()
 
     object.__setattr__(recipe, "trainer", Watched)
-    result = execute(recipe, output_dir=output_dir, resume="", stop=StopRequest())
+    with patch.object(Engine, "__init__", make):
+        result = execute(recipe, output_dir=output_dir, resume="", stop=StopRequest())
     record.stop()
     live = peak = held[0]
     events = record.profiler.kineto_results.events()  # type: ignore[union-attr]
