@@ -89,7 +89,7 @@ class AdamWFactory(OptimizerFactory):
 
         kind = "cpu" if offload else torch.device(device).type
         fused = True if kind in ("cpu", "cuda") else None
-        groups, arguments = _arguments(self.config, model)
+        groups, arguments = adam_arguments(self.config, model)
         return torch.optim.AdamW(groups, **arguments, fused=fused)
 
 
@@ -115,7 +115,7 @@ class FusedAdamFactory(OptimizerFactory):
             )
         from deepspeed.ops.adam import FusedAdam
 
-        groups, arguments = _arguments(self.config, model)
+        groups, arguments = adam_arguments(self.config, model)
         return FusedAdam(groups, **arguments, adam_w_mode=True)  # type: ignore[no-any-return]
 
 
@@ -146,7 +146,7 @@ class CPUAdamFactory(OptimizerFactory):
             )
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-        groups, arguments = _arguments(self.config, model)
+        groups, arguments = adam_arguments(self.config, model)
         try:
             return DeepSpeedCPUAdam(groups, **arguments, adamw_mode=True)  # type: ignore[no-any-return]
         except (RuntimeError, ImportError, OSError) as error:
@@ -159,7 +159,10 @@ class CPUAdamFactory(OptimizerFactory):
             ) from error
 
 
-def _arguments(config: AdamConfig, model: nn.Module) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def adam_arguments(
+    config: AdamConfig, model: nn.Module
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """(groups of parameters, the other arguments) of an Adam that has torch's names for them."""
     groups = parameter_groups(model, weight_decay=config.weight_decay, groups=config.groups)
     return groups, {
         "lr": config.learning_rate,

@@ -33,7 +33,8 @@ SHAPED_MODULES = ("apollo_torch.",)
 
 ELEMENTWISE = frozenset(
     {"Adam", "AdamW", "NAdam", "RAdam", "Adamax", "Adadelta", "RMSprop", "Rprop", "SGD", "ASGD",
-     "FusedAdam", "DeepSpeedCPUAdam", "Lion", "AdamWScheduleFree", "AdamW8bit", "PagedAdamW8bit"}
+     "FusedAdam", "DeepSpeedCPUAdam", "Lion", "AdamWScheduleFree", "AdamW8bit", "PagedAdamW8bit",
+     "StochasticAdamW"}
 )  # fmt: skip
 """Class names that are right at every stage that they are allowed at: each element's update depends on
 that element alone, or (8 bits) on its neighbours in no way that matters. Tested on two ranks."""

@@ -87,6 +87,7 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "apollo": "arctic_like.optimizer.low_rank:ApolloFactory",
         "galore": "arctic_like.optimizer.low_rank:GaLoreFactory",
         "lamb": "arctic_like.optimizer.lamb:LambFactory",
+        "adamw_bf16": "arctic_like.optimizer.adam_bf16:BF16AdamWFactory",
         "lion": "arctic_like.optimizer.lion:LionFactory",
         "muon": "arctic_like.optimizer.muon:MuonFactory",
         "sgd": "arctic_like.optimizer.sgd:SGDFactory",

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from arctic_like.engine.ds_section import zero_stage
 from arctic_like.errors import Problem
+from arctic_like.trainer.surface import MAIN
 
 if TYPE_CHECKING:
     from torch import nn
@@ -18,14 +19,34 @@ def memory_problems(config: Any) -> Iterator[Problem]:
 
     for name, part in learner_configs(config).items():
         section = part.deepspeed if part.deepspeed is not None else config.deepspeed
+        prefix = "" if name == MAIN else f"{name}."
+        yield from _bf16_problems(prefix, part, section)
         selective = getattr(part.model, "activation_checkpointing", None) == "selective"
         if selective and zero_stage(section) == 3:
             yield Problem(
                 "is selective, which DeepSpeed's ZeRO 3 cannot follow: a layer that gathers its weights "
                 "again does not repeat the operations of the forward pass",
-                place=f"{'' if name == 'model' else f'{name}.'}model.activation_checkpointing",
+                place=f"{prefix}model.activation_checkpointing",
                 hint="set it to full, or use ZeRO 2",
             )
+
+
+def _bf16_problems(prefix: str, part: Any, section: Mapping[str, Any]) -> Iterator[Problem]:
+    bf16 = section.get("bf16") or section.get("bfloat16") or {}
+    keys = ("bf16_master_weights_and_grads", "bf16_optimizer_states")
+    stage = zero_stage(section)
+    if any(bf16.get(key) for key in keys) and stage < 2:
+        yield Problem(
+            f"keeps bf16 weights at ZeRO 2 and 3; at {stage} DeepSpeed keeps fp32 ones without a word",
+            place="deepspeed.bf16",
+            hint="set deepspeed.zero_optimization.stage to 2 or 3, or remove these keys",
+        )
+    if getattr(part.optimizer, "type", "") == "adamw_bf16" and not all(bf16.get(k) for k in keys):
+        yield Problem(
+            "is adamw_bf16, and DeepSpeed would give it fp32 weights",
+            place=f"{prefix}optimizer.type",
+            hint=f"set deepspeed.bf16: {{{keys[0]}: true, {keys[1]}: true}}, or take adamw",
+        )
 
 
 def spare_memory(config: Any, module: nn.Module, *, zero_stage: int) -> None:
