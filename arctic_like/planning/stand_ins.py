@@ -222,9 +222,9 @@ def _adamw(self: Any, *, model: Any, device: str, offload: bool) -> Any:
     """torch's AdamW in place of DeepSpeed's kernels: it has the same states."""
     import torch
 
-    from arctic_like.optimizer.adam import _arguments
+    from arctic_like.optimizer.adam import adam_arguments
 
-    groups, arguments = _arguments(self.config, model)
+    groups, arguments = adam_arguments(self.config, model)
     return torch.optim.AdamW(groups, **arguments, fused=True)
 
 
