@@ -51,19 +51,24 @@ class Turns:
     """The contender's side of the turns: waits for its turn, times a block, tells what it took."""
 
     def __init__(self, setting: dict[str, Any]) -> None:
-        self.setting, self.done, self.begun = setting, 0, 0.0
+        self.setting, self.done = setting, 0
+        self.begun = self.begun_cpu = 0.0
         self.above = resident("VmRSS") if setting["device"] == "cpu" else 0
 
     def before_step(self, loss: Callable[[], float]) -> None:
         """Before each step: where one block is done and another begins, tell, and wait for the turn."""
         if self.done % self.setting["steps"] == 0:
             self.wait_for_device()
-            seconds = (time.perf_counter() - self.begun) / self.setting["steps"]
-            say({"seconds": seconds, "loss": loss()} if self.done else {"ready": True})
+            if self.done:
+                count = self.setting["steps"]
+                say({"seconds": (time.perf_counter() - self.begun) / count,
+                     "cpu": (time.process_time() - self.begun_cpu) / count, "loss": loss()})  # fmt: skip
+            else:
+                say({"ready": True})
             line = sys.stdin.readline()
             if not line.strip() or json.loads(line).get("end"):
                 self._end()
-            self.begun = time.perf_counter()
+            self.begun, self.begun_cpu = time.perf_counter(), time.process_time()
         self.done += 1
 
     def wait_for_device(self) -> None:
@@ -316,7 +321,7 @@ class Contender:
     """A contender's process, as the benchmark sees it."""
 
     def __init__(self, name: str, folder: Path, setting: dict[str, Any]) -> None:
-        self.name, self.seconds, self.losses, self.peak = name, [], [], 0
+        self.name, self.seconds, self.cpu, self.losses, self.peak = name, [], [], [], 0
         told, channel = os.pipe()
         self._told = os.fdopen(told)
         mine = {**setting, "contender": name, "channel": channel}
@@ -335,6 +340,7 @@ class Contender:
         self._tell({"go": True})
         told = self._hear("seconds")
         self.seconds.append(told["seconds"])
+        self.cpu.append(told["cpu"])
         self.losses.append(told["loss"])
 
     def end(self) -> None:
@@ -384,6 +390,10 @@ def measure(setting: dict[str, Any], share: float) -> list[dict[str, Any]]:
             "ratio": statistics.median(
                 a / b for a, b in zip(first.seconds[1:], one.seconds[1:], strict=True)
             ),
+            "cpu_ms": 1000 * statistics.median(one.cpu[1:]),
+            "cpu_ratio": statistics.median(
+                a / b for a, b in zip(first.cpu[1:], one.cpu[1:], strict=True)
+            ),
             "peak_mb": one.peak / 2**20, "peak_ratio": first.peak / max(one.peak, 1),
             "losses": one.losses,
             "agrees": all(abs(a - b) <= 2e-3 * abs(b)
@@ -432,7 +442,8 @@ def main() -> int:
             results.append(one)
             print(
                 f"{share:4.0%} trained  {one['contender']:20} {one['step_ms']:8.1f} ms   "
-                f"ours is {one['ratio']:.2f} x   {one['peak_mb']:8.0f} MiB   "
+                f"ours is {one['ratio']:.2f} x   CPU {one['cpu_ms']:8.1f} ms {one['cpu_ratio']:.2f} x   "
+                f"{one['peak_mb']:6.0f} MiB   "
                 f"ours is {one['peak_ratio']:.2f} x"
                 + ("" if one["agrees"] else "   LOSSES DIFFER"),
                 flush=True,
