@@ -81,6 +81,7 @@ def test_nothing_else_lies_there(run: tuple[Path, Any]) -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.full
 def test_weights_that_two_ranks_share_are_exported_whole(
     run: tuple[Path, Any], tmp_path: Path
 ) -> None:

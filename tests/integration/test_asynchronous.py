@@ -195,6 +195,7 @@ def test_a_disk_that_is_full_ends_the_run_and_leaves_what_was_complete(
     assert not (saved / "step-6").exists()
 
 
+@pytest.mark.full
 def test_a_run_that_fails_completes_what_was_being_written(tmp_path: Path) -> None:
     made = content(tmp_path)
     made["checkpoint"][0]["asynchronous"] = True

@@ -150,7 +150,7 @@ def test_the_splats_grow_and_are_pruned(runs: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "ranks", "stage"),
     [
-        pytest.param("splats", 1, 0),
+        pytest.param("splats", 1, 0, marks=pytest.mark.full),
         pytest.param("gan", 2, 2, marks=pytest.mark.full),
         pytest.param("gan", 1, 3, marks=pytest.mark.full),
         pytest.param("splats", 2, 3, marks=pytest.mark.full),
