@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from arctic_like.stop import StopRequest
     from arctic_like.trainer.base import Trainer
     from arctic_like.trainer.progress import Result
+    from arctic_like.trainer.startup import StartUp
 
 
 def run(recipe: Recipe, *, output_dir: str | Path | None = None, resume: str = "") -> Result:
@@ -81,7 +82,9 @@ def execute(
     from arctic_like.engine.host import connect
     from arctic_like.logs import setup_logging
     from arctic_like.rundir import RunDirectory
+    from arctic_like.trainer.startup import StartUp
 
+    start_up = StartUp()
     device = choose_device(recipe.config.device)
     refuse_what_cannot_run(recipe, on_cpu=device == "cpu")
     world = _world(recipe, device)
@@ -97,7 +100,7 @@ def execute(
         )  # fmt: skip
         return _run_trainer(
             recipe, world=world, host=host, directory=directory, checkpoint=checkpoint, stop=stop,
-            inspect=inspect,
+            start_up=start_up, inspect=inspect,
         )  # fmt: skip
 
 
@@ -293,7 +296,7 @@ def checkpoints_of(recipe: Recipe, directory: RunDirectory) -> Path:
 
 def _run_trainer(
     recipe: Recipe, *, world: World, host: HostGroup, directory: RunDirectory,
-    checkpoint: Path | None, stop: StopRequest,
+    checkpoint: Path | None, stop: StopRequest, start_up: StartUp,
     inspect: Callable[[Trainer], None] | None,
 ) -> Result:  # fmt: skip
     from arctic_like.engine.host import PATIENCE
@@ -304,7 +307,17 @@ def _run_trainer(
 
     devices = host.gather(_device_name(world))
     sequence = SequenceGroup.of(world, timeout=PATIENCE)
-    session = Session(recipe, world, host, directory, stop, resume=checkpoint, sequence=sequence)
+    session = Session(
+        recipe,
+        world,
+        host,
+        directory,
+        stop,
+        resume=checkpoint,
+        sequence=sequence,
+        start_up=start_up,
+    )
+    start_up.lap("imports")
     if world.is_main:
         remove_result(directory.path)
         directory.write_recipe(recipe.dump())

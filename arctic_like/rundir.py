@@ -23,7 +23,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any, TextIO
@@ -206,8 +206,17 @@ class RunDirectory:
             "platform": _platform(),
             "packages": package_versions(),
         }
-        content = {"starts": [*self.starts(), start]}
-        write_atomically(self.environment, json.dumps(content, indent=2) + "\n")
+        self._write_starts([*self.starts(), start])
+
+    def note_start_up(self, seconds: Mapping[str, float]) -> None:
+        """Add to the entry of this start how long its parts took, from the command to the first step."""
+        starts = self.starts()
+        if starts:
+            rounded = {name: round(value, 3) for name, value in seconds.items()}
+            self._write_starts([*starts[:-1], {**starts[-1], "start_up": rounded}])
+
+    def _write_starts(self, starts: list[dict[str, Any]]) -> None:
+        write_atomically(self.environment, json.dumps({"starts": starts}, indent=2) + "\n")
 
     def starts(self) -> list[dict[str, Any]]:
         """The entries of environment.json, oldest first; none where it is absent or unreadable."""

@@ -25,6 +25,7 @@ from typing import Any
 from arctic_like import stop
 from arctic_like.cli import devices
 from arctic_like.cli.launcher_options import LauncherOptions, parse_launcher_options
+from arctic_like.cli.startup import process_began
 from arctic_like.engine.host import free_port
 from arctic_like.errors import DONE, FAILED, INTERRUPTED, TERMINATED
 
@@ -56,6 +57,7 @@ def launch(
             "ARCTIC_OUTPUT_DIR": str(output_dir.absolute()),
             "ARCTIC_RESUME": resume,
             "ARCTIC_COMMAND": shlex.join(argv),
+            "ARCTIC_STARTED": repr(process_began()),
             stop.STOP_FILE: str(control / "stop"),
             stop.CONTROL_DIR: str(control),
         }

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 _SWITCH = "PYDANTIC_DISABLE_PLUGINS"
 
@@ -24,3 +26,17 @@ def without_pydantic_plugins() -> Iterator[None]:
             del os.environ[_SWITCH]
         else:
             os.environ[_SWITCH] = before
+
+
+def process_began() -> float:
+    """When this process was started, in seconds since 1970; now, where the system does not tell."""
+    now = time.time()
+    try:
+        # fields behind the name, which may hold spaces; the 22nd of all is the start, in ticks since boot
+        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+        age = float(Path("/proc/uptime").read_text().split()[0]) - int(fields[19]) / os.sysconf(
+            "SC_CLK_TCK"
+        )
+    except (OSError, ValueError, IndexError):
+        return now
+    return now - max(age, 0.0)

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 WIDTH = 80
 _EVALUATION = "eval/"
 _RATE = "_per_second"
+_PHASE = "time/"
+_BETWEEN_STEPS = ("time/evaluation", "time/checkpoint")
 
 
 class ConsoleConfig(TrackerConfig):
@@ -72,6 +74,26 @@ class Progress:
             if name.endswith(_RATE) and "/" not in name:
                 shown.append(f"{_short(rate)} {name.removesuffix(_RATE)}/s")
         return shown
+
+    def phases(self) -> list[str]:
+        """The share of each phase in a step that has at least a fiftieth: `forward 31%`."""
+        return [f"{name} {share:.0%}" for name, share in self._shares().items() if share >= 0.02]
+
+    def delays(self) -> list[str]:
+        """The phases beside forward and backward that take a tenth of a step or more: `data 34%`."""
+        return [
+            f"{name} {share:.0%}"
+            for name, share in self._shares().items()
+            if share >= 0.1 and name not in ("forward", "backward")
+        ]
+
+    def _shares(self) -> dict[str, float]:
+        step = self.train.get("step_time", 0.0)
+        return {
+            name.removeprefix(_PHASE): seconds / step
+            for name, seconds in self.train.items()
+            if name.startswith(_PHASE) and step > 0 and name not in _BETWEEN_STEPS
+        }
 
     def time_left(self) -> list[str]:
         """`1:23:45 left`, or nothing while it is not known."""
@@ -138,7 +160,7 @@ class _Silent:
 
 
 class _Live:
-    """Two lines at the bottom of a terminal, redrawn in place; messages appear above them."""
+    """A few lines at the bottom of a terminal, redrawn in place; messages appear above them."""
 
     def __init__(self, console: Console, progress: Progress, per_second: float) -> None:
         from rich.live import Live
@@ -162,6 +184,8 @@ class _Live:
         lines = Table.grid()
         lines.add_row(head)
         lines.add_row(Text("  ".join([*progress.figures(), *progress.results()])))
+        if phases := progress.phases():
+            lines.add_row(Text("  ".join(["time:", *phases]), style="dim"))
         return lines
 
     def update(self, step: int, values: Mapping[str, Any]) -> None:
@@ -206,7 +230,7 @@ class _Lines:
     def _line(self) -> None:
         progress = self._progress
         self._last_step, self._last_time = progress.step, progress.clock()
-        figures = [*progress.figures(), *progress.time_left()]
+        figures = [*progress.figures(), *progress.delays(), *progress.time_left()]
         self._wrap(f"step {progress.counted()}", figures)
 
     def _wrap(self, head: str, figures: list[str]) -> None:

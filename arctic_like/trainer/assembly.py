@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -29,6 +29,7 @@ from arctic_like.trainer.measured import check_measured
 from arctic_like.trainer.memory import spare_memory
 from arctic_like.trainer.preparation import build_data, build_tokenizer
 from arctic_like.trainer.sequence import prove_sharing, share_rows
+from arctic_like.trainer.startup import StartUp
 from arctic_like.trainer.surface import MAIN
 from arctic_like.trainer.transplant import transplant
 from arctic_like.world import World
@@ -62,6 +63,8 @@ class Session:
     """The complete checkpoint that the run goes on from."""
     sequence: SequenceGroup = field(default_factory=SequenceGroup)
     """This rank among those that share its rows."""
+    start_up: StartUp = field(default_factory=StartUp)
+    """How long each part of the start takes."""
     started: float = field(default_factory=time.monotonic)
     requested: str = ""
     """Why this rank wants to stop; becomes the run's reason once all ranks know."""
@@ -132,7 +135,7 @@ def assemble(trainer: Trainer, session: Session) -> Equipment:
     callbacks = CallbackList(
         [build(c, "callback") for c in callback_configs(config)], is_main=world.is_main
     )
-    notice = _Notices(trainer, callbacks)
+    notice = _Notices(trainer, callbacks, session.start_up)
     info = RunInfo(
         output_dir=session.directory.path, seed=config.seed, world=world, device=world.device,
         epochs=config.epochs, deepspeed=config.deepspeed, **batch_sizes(config, world, resumed),
@@ -414,9 +417,10 @@ def _start_generators(config: Any, world: World) -> None:
 class _Notices:
     """Emits moments while the equipment that `Trainer.emit` needs is still being built."""
 
-    def __init__(self, trainer: Trainer, callbacks: CallbackList) -> None:
+    def __init__(self, trainer: Trainer, callbacks: CallbackList, start_up: StartUp) -> None:
         self._trainer = trainer
         self._callbacks = callbacks
+        self.start_up = start_up
 
     def __call__(self, moment: str, *values: Any) -> None:
         getattr(self._trainer, moment, lambda *_: None)(*values)
@@ -428,12 +432,14 @@ class _Notices:
 
 @dataclass(frozen=True)
 class _PartNotice:
-    notices: Callable[..., None]
+    notices: _Notices
     name: str
 
     def __enter__(self) -> None:
+        self.notices.start_up.lap("rest")
         self.notices("on_part_start", self.name)
 
     def __exit__(self, kind: Any, *_: Any) -> None:
+        self.notices.start_up.lap(self.name)
         if kind is None:
             self.notices("on_part_end", self.name)

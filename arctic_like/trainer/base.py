@@ -36,9 +36,11 @@ from arctic_like.trainer.failures import (
 from arctic_like.trainer.lines import Lines
 from arctic_like.trainer.moments import Moments
 from arctic_like.trainer.numbers import Numbers
+from arctic_like.trainer.phases import Phases
 from arctic_like.trainer.progress import Progress, Result
 from arctic_like.trainer.requests import Requests
 from arctic_like.trainer.rewind import Rewind, checkpoint_before, go_back, remember
+from arctic_like.trainer.startup import first_step_done
 from arctic_like.trainer.surface import MAIN, Surface
 
 if TYPE_CHECKING:
@@ -109,8 +111,11 @@ class Trainer(Part, Moments, Surface, family="trainer"):
         self.evaluation_values: dict[str, Any] = {}
         """What the last evaluation measured that is no single number: name → tensor."""
         self._stream: Iterator[StepBatch] | None = None
+        self._end_brackets: Callable[[], None] = lambda: None
         self.requests = Requests()
         self.lines = Lines()
+        self.phases = Phases()
+        """Which part of a step is under way, and how long each took."""
         self.evaluated_at = -1
         """The step of the last evaluation."""
         self._evaluations_made = 0
@@ -176,6 +181,9 @@ class Trainer(Part, Moments, Surface, family="trainer"):
 
         self.session = session
         self.equipment = assemble(self, session)
+        self.phases.use(self.device)
+        if self.world.size > 1 and self.device == "cpu":
+            self.measure_communication()
         self.configure()
         saved = None
         if session.resume is not None:
@@ -187,6 +195,16 @@ class Trainer(Part, Moments, Surface, family="trainer"):
             logger.info(f"resumed from {session.resume} at step {self.global_step}")
             self.emit("on_checkpoint_loaded", session.resume)
         self.emit("on_setup_end")
+        session.start_up.lap("rest")
+
+    def measure_communication(self) -> None:
+        """Count DeepSpeed's exchanges to `time/communication`, rather than to the phases they happen in:
+        always so on a CPU. On CUDA it is what the device waits for, at the price of four events for each
+        exchange, hundreds a step at stage 3; `arctic-train profile` pays it."""
+        from arctic_like.engine.exchanges import bracket_exchanges
+
+        self._end_brackets()
+        self._end_brackets = bracket_exchanges(lambda: self.phases.during("communication"))
 
     def configure(self) -> None:
         """Called when every part is built, before a checkpoint is loaded: the place to make what the
@@ -203,6 +221,7 @@ class Trainer(Part, Moments, Surface, family="trainer"):
         self._stream = None
         equipment.saver.give_up()
         equipment.recorder.finish(exit_code)
+        self._end_brackets()
         for learner in equipment.learners.values():
             learner.engine.destroy()
 
@@ -217,6 +236,7 @@ class Trainer(Part, Moments, Surface, family="trainer"):
         self.lines.mark(self)
         while not self.is_done:
             self.epoch()
+        self.phases.begin("stopped")
         self._finish()
         self.equipment.saver.settle(self)
         for learner in self.learners.values():
@@ -248,10 +268,12 @@ class Trainer(Part, Moments, Surface, family="trainer"):
                 self._go_back(self.requests.rewind)
 
     def _next_step(self) -> None:
+        self.phases.begin("data")
         batch = next(self.train_batches)
         micro_batches = self._weigh(batch)
         if self.progress.stopped:
             return
+        self.phases.begin("other")
         self.batch = batch
         with self.around("around_step"):
             self.emit("on_step_start")
@@ -286,20 +308,25 @@ class Trainer(Part, Moments, Surface, family="trainer"):
                 losses = []
                 for index, micro in enumerate(micro_batches):
                     self.session.micro_batch, self.samples = index, micro.samples
+                    self.phases.begin("data")
                     batch = self.to_device(micro.data)
+                    self.phases.begin("forward")
                     self.emit("on_micro_batch_start", batch)
                     found = self.checked_loss(compute(batch), micro.weight)
+                    self.phases.begin("backward")
                     one.engine.backward(
                         found.mean * micro.scale, last=index == len(micro_batches) - 1
                     )
                     self.emit("on_micro_batch_end", batch, found)
                     losses.append(found)
+                self.phases.begin("optimizer")
                 self.emit("on_gradients_ready")
                 self.emit("on_optimizer_step_start")
                 applied = one.engine.step()
                 self.emit("on_optimizer_step_end")
                 if applied or not one.engine.is_fp16:
                     break
+        self.phases.begin("other")
         prefix = "" if learner == MAIN else f"{learner}/"
         for found, micro in zip(losses, micro_batches, strict=True):
             weight = micro.weight if self.world.counts else 0.0
@@ -318,7 +345,11 @@ class Trainer(Part, Moments, Surface, family="trainer"):
         """
         results: dict[str, float] = {}
         self.evaluation_values = {}
-        with self._evaluating(), self.around("around_evaluate"):
+        with (
+            self.phases.during("evaluation"),
+            self._evaluating(),
+            self.around("around_evaluate"),
+        ):
             self.emit("on_evaluate_start")
             for name, batches in self.equipment.evaluation_batches():
                 prefix = "eval/" if name in ("", "eval") else f"eval/{name}/"
@@ -360,8 +391,9 @@ class Trainer(Part, Moments, Surface, family="trainer"):
 
     def checkpoint(self) -> None:
         """Write, with every engine of the recipe that is due, what belongs into its checkpoint."""
-        fail_if_not_finite_so_far(self)
-        self.equipment.saver.save(self)
+        with self.phases.during("checkpoint"):
+            fail_if_not_finite_so_far(self)
+            self.equipment.saver.save(self)
 
     def export(self) -> None:
         """Write the trained models with the recipe's exporters. Collective."""
@@ -430,10 +462,13 @@ class Trainer(Part, Moments, Surface, family="trainer"):
         return stack
 
     @contextlib.contextmanager
-    def clock_stopped(self) -> Iterator[None]:
-        """What happens inside does not count into the step time of the next train line."""
+    def clock_stopped(self, phase: str = "stopped") -> Iterator[None]:
+        """What happens inside does not count into the step time of the next train line.
+
+        phase: `evaluation` and `checkpoint` are in the line with their own time."""
         start = time.perf_counter()
-        yield
+        with self.phases.during(phase):
+            yield
         self.lines.leave_out(time.perf_counter() - start)
 
     def is_due(self, interval: Any, name: str) -> bool:
@@ -638,7 +673,8 @@ class Trainer(Part, Moments, Surface, family="trainer"):
         What was asked for is done here, at the step that is done, before the next one begins.
         """
         weights = [0.0 if m.idle else float(self.weight(m.data)) for m in batch.micro_batches]
-        total = self.requests.agree(self, sum(weights) if self.world.counts else 0.0)
+        with self.phases.during("communication"):
+            total = self.requests.agree(self, sum(weights) if self.world.counts else 0.0)
         if self.progress.stopped:
             return []
         if total <= 0:
@@ -681,6 +717,8 @@ class Trainer(Part, Moments, Surface, family="trainer"):
         self.progress.position += len(batch.global_batch.samples)
         self._steps_this_run += 1
         self._local_batches += len(batch.micro_batches)
+        if self._steps_this_run == 1:
+            first_step_done(self)
         self.lines.note_rates(self)
         for learner in self.learners.values():
             learner.after_step()

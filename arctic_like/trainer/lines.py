@@ -26,6 +26,7 @@ class Lines:
     def mark(self, trainer: Trainer) -> None:
         """Start the clock of the next train line."""
         self._began, self._since = time.perf_counter(), trainer.global_step
+        trainer.phases.start()
 
     def leave_out(self, seconds: float) -> None:
         """Do not count these seconds into the time of steps."""
@@ -67,6 +68,7 @@ class Lines:
         }
         steps = trainer.global_step - self._since
         seconds = (time.perf_counter() - self._began) / max(steps, 1)
+        phases = trainer.phases.read(steps)
         for name, value in means.values.items():
             if is_loss(name):
                 fail_if_not_finite(trainer, value, what=name)
@@ -83,6 +85,7 @@ class Lines:
             "step_time": seconds,
             f"{unit}_per_second": means.weight / max(seconds * steps, 1e-9),
             **means.values,
+            **phases,
             **{
                 f"{unit}/{name.removeprefix('loss/')}": int(count)
                 for name, count in means.weights.items()

@@ -38,7 +38,7 @@ class Requests:
                 *(float(wish in self.wishes) for wish in WISHES),
             ])  # fmt: skip
             if news:
-                with trainer.clock_stopped():
+                with trainer.clock_stopped("checkpoint"):
                     saver.settle(trainer)
             stops, wishes = asked[: len(STOP_REASONS)], asked[len(STOP_REASONS) :]
             if any(wishes):

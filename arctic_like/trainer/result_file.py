@@ -24,8 +24,11 @@ NAME = "result.json"
 _INFINITY = "\0infinity\0"
 
 
-def write_result(result: Result, *, error: str = "") -> None:
-    """Write `result.json` (rank zero). error: what ended the run, if something did."""
+def write_result(
+    result: Result, *, error: str = "", seconds: Mapping[str, float] | None = None
+) -> None:
+    """Write `result.json` (rank zero). error: what ended the run, if something did. seconds: the time of
+    each phase since this process began to train."""
     content = {
         "steps": result.steps,
         "stop_reason": result.stop_reason,
@@ -35,6 +38,7 @@ def write_result(result: Result, *, error: str = "") -> None:
         "best": result.best,
         "checkpoint": result.checkpoint and str(result.checkpoint),
         "exports": [str(path) for path in result.exports],
+        "seconds": dict(seconds or {}),
         **({"error": error} if error else {}),
     }
     write_atomically(result.output_dir / NAME, as_json(content))
@@ -49,7 +53,7 @@ def failed(result: Result, error: BaseException) -> Result:
 def leave_result(trainer: Trainer, result: Result) -> None:
     """At the end of a run."""
     if trainer.world.is_main:
-        write_result(result)
+        write_result(result, seconds=trainer.phases.summary())
 
 
 def leave_failure(trainer: Trainer, error: BaseException) -> None:

@@ -14,6 +14,7 @@ import pytest
 
 from .test_resume import counted, kill_when
 from .tools import (
+    CLOCKS,
     MODEL,
     WORDS,
     arctic_train,
@@ -145,7 +146,7 @@ def series(run: Path, *keys: str) -> list[float]:
 
 def clockless(run: Path) -> list[dict[str, Any]]:
     return [
-        {k: v for k, v in line.items() if k != "step_time" and not k.endswith("_per_second")}
+        {k: v for k, v in line.items() if k not in CLOCKS and not k.endswith("_per_second")}
         for line in lines(run)
     ]
 

@@ -14,9 +14,13 @@ from typing import Any
 
 import yaml
 
+from arctic_like.trainer.phases import OUTSIDE, STEP
+
 PORTS: list[int] = []
 """Of every launch of `drive`: what shared names of its ranks would hold."""
-CLOCKS = {"step_time", "tokens_per_second", "samples_per_second", "pairs_per_second"}
+CLOCKS = {"step_time", "tokens_per_second", "samples_per_second", "pairs_per_second"} | {
+    f"time/{phase}" for phase in (*STEP, *OUTSIDE)
+}
 WORDS = [
     "ice",
     "snow",

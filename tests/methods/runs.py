@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.integration.tools import MODEL, WORDS, lines, recipe, write_recipe
+from tests.integration.tools import CLOCKS, MODEL, WORDS, lines, recipe, write_recipe
 
 DIVISIONS = {"fine": (0, 1, 1, True), "two": (2, 2, 1, True), "three": (3, 2, 2, False)}
 """Name → ZeRO stage, ranks, micro-batch size, packed; beside a run in one micro-batch on one rank."""
@@ -117,7 +117,7 @@ def series(run: Path, *keys: str) -> list[float]:
 def clockless(run: Path) -> list[dict[str, Any]]:
     """All lines without what a clock says."""
     return [
-        {k: v for k, v in line.items() if k != "step_time" and not k.endswith("_per_second")}
+        {k: v for k, v in line.items() if k not in CLOCKS and not k.endswith("_per_second")}
         for line in lines(run)
     ]
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.integration.tools import MODEL, lines, train_lines, write_conversations
+from tests.integration.tools import CLOCKS, MODEL, lines, train_lines, write_conversations
 from tests.methods.runs import (
     SCORING,
     TOKEN_SCORING,
@@ -272,7 +272,7 @@ def same(one: Path, other: Path) -> None:
         assert series(other, key) == pytest.approx(expected, rel=1e-5), key
     shown = {key for line in lines(one) for key in line if not key.endswith("_per_second")}
     # a packed sample is several rows; a policy that is its reference wins by rounding or does not
-    for key in shown - {"step_time", "samples_seen", "rewards/accuracies"}:
+    for key in shown - CLOCKS - {"samples_seen", "rewards/accuracies"}:
         if all(isinstance(value, int | float) for value in series(one, key)):
             expected = pytest.approx(series(one, key), rel=1e-4, abs=2e-6)  # type: ignore[assignment]
             assert series(other, key) == expected, key

@@ -74,6 +74,17 @@ def test_about_every_five_percent(out, clock):
     assert lines[-1] == "step 1000/1000  loss 2.3457  lr 3.00e-04  12.3k tokens/s  0:00 left"
 
 
+def test_a_pipe_is_told_what_holds_a_step_up_and_a_terminal_all_phases(out, clock):
+    times = {"time/data": 0.34, "time/forward": 0.2, "time/backward": 0.39, "time/optimizer": 0.06,
+             "time/other": 0.01, "time/checkpoint": 9.0}  # fmt: skip
+    line = {**LINE, "step_time": 1.0, **times}
+    tracker(1000).scalars(1, line)
+    assert out.getvalue() == "step 1/1000  loss 2.3457  lr 3.00e-04  12.3k tokens/s  data 34%\n"
+    progress = Progress(10, clock=clock)
+    progress.update(1, line)
+    assert progress.phases() == ["data 34%", "forward 20%", "backward 39%", "optimizer 6%"]
+
+
 def test_a_slow_run_speaks_every_ten_seconds_and_later_less(out, clock):
     shown = tracker(10**6)
     at = []
