@@ -114,8 +114,8 @@ class CausalTrainer(Trainer):
         return found.head
 
     def to_device(self, batch: Any) -> Any:
-        """Nested tensors moved to the device. On a GPU a batch also says where its targets are trained, found
-        here, on the host: the head would have to wait for the device to know how many there are.
+        """Nested tensors moved to the device. A batch also says where its targets are trained, found here, on
+        the host: the head would have to wait for the device to know how many there are.
 
         Where ranks share rows, `input_ids` and `position_ids` are this rank's part; everything else is of
         the whole rows, on every rank.
@@ -127,7 +127,7 @@ class CausalTrainer(Trainer):
 
             batch = padded(batch, self.sequence.size)
             batch[BORDERS] = borders_of(batch["position_ids"], batch["labels"])
-        if known and self.device != "cpu":
+        if known:
             from arctic_like.kernels.linear_loss import IGNORE
 
             trained = self.targets(batch["labels"]) != IGNORE
