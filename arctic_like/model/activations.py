@@ -68,7 +68,11 @@ def _layers(model: nn.Module) -> Iterator[nn.Module]:
 def _dear_operations() -> frozenset[Any]:
     import torch
 
-    found = (getattr(torch.ops.aten, name, None) for name in DEAR)
+    from arctic_like.model.attention import available
+
+    found = [getattr(torch.ops.aten, name, None) for name in DEAR]
+    if available():  # `varlen` attention is an operation of its own, around aten's
+        found.append(getattr(torch.ops.torch_attn, "_varlen_attn", None))
     return frozenset(packet.default for packet in found if packet is not None)
 
 

@@ -54,6 +54,7 @@ class ClassifierFactory(ScoringModelFactory):
     """A model of transformers that classifies texts or tokens, pretrained or with random weights."""
 
     name = "classifier"
+    told_borders = False
     config_type = ClassifierConfig  # type: ignore[assignment]
     config: ClassifierConfig  # type: ignore[assignment]
 

@@ -44,6 +44,7 @@ class EmbeddingModelFactory(ScoringModelFactory):
     """A model of transformers that makes vectors of texts, pretrained or with random weights."""
 
     name = "embedding"
+    told_borders = False
     config_type = EmbeddingModelConfig  # type: ignore[assignment]
     config: EmbeddingModelConfig  # type: ignore[assignment]
     auto_class: str = "AutoModel"

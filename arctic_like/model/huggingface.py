@@ -13,6 +13,8 @@ from arctic_like.config.base import wrong
 from arctic_like.config.values import TORCH_DTYPES, DType, RecipePath
 from arctic_like.errors import Problem, RecipeError
 from arctic_like.model.adapters.config import check, check_model, kind_of
+from arctic_like.model.attention import VARLEN
+from arctic_like.model.attention_choice import AUTO, settle
 from arctic_like.model.base import ModelConfig, ModelFactory, ModelFacts
 from arctic_like.model.loading import CAUSAL
 
@@ -45,9 +47,9 @@ class HFModelConfig(ModelConfig):
     trust_remote_code: bool = False
     """Whether code that comes with the model may run."""
 
-    attn_implementation: str = "sdpa"
-    """The attention: `sdpa`, `eager`, `flash_attention_2`, …; unless given, eager where a model has
-    no sdpa."""
+    attn_implementation: str = AUTO
+    """The attention: `auto` (the fastest that is correct here, see docs/speed.md), `varlen`, `sdpa`, `eager`,
+    `flash_attention_2`, `flash_attention_3`, `flash_attention_4`, `flex_attention`."""
 
     disable_activation_checkpoint: bool = False
     """Keep all activations for the backward pass: `activation_checkpointing: none`."""
@@ -154,6 +156,8 @@ class HFModelFactory(ModelFactory):
     shares_sequences: ClassVar[bool] = True
     auto_class: str = CAUSAL
     """The name of transformers' class that makes the model."""
+    told_borders: ClassVar[bool] = True
+    """Whether its models are called with `isolation.packed_inputs`, which says where documents begin."""
     missing_level: ClassVar[str] = "WARNING"
     """How weights are told of that a pretrained model does not bring."""
     _drawn: Sequence[str] = ()
@@ -202,6 +206,12 @@ class HFModelFactory(ModelFactory):
             ready = adapted(
                 base, self.config, tokenizer, seed=seed, zero=zero, world=world, drawn=self._drawn
             )
+        settle(
+            ready, self.config.attn_implementation, device=device,
+            dtype=TORCH_DTYPES[self.config.dtype], borders=self.told_borders,
+            shared=world.sequence_parallel_size > 1,
+            say=world.is_main,
+        )  # fmt: skip
         if not self.config.keeps_activations:
             from arctic_like.model.activations import checkpoint_activations
 
@@ -284,7 +294,7 @@ class HFModelFactory(ModelFactory):
         import torch
 
         # None is transformers' own choice: sdpa, or eager for the few models without it.
-        given = self.config.given("attn_implementation")
+        given = self.config.attn_implementation not in (AUTO, VARLEN)
         return {
             "dtype": getattr(torch, TORCH_DTYPES[self.config.dtype]),
             "attn_implementation": self.config.attn_implementation if given else None,

@@ -18,7 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 from arctic_like.errors import Problem, RecipeError
 from arctic_like.model.adapters.config import PROMPTS, kind_of
+from arctic_like.model.attention import VARLEN, as_mask, attention_of, base_of
 from arctic_like.model.randomness import untouched_randomness
+from arctic_like.sequence.rows import borders_of
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -93,23 +95,31 @@ def cannot_isolate(model_type: str, shape: Mapping[str, Any] | None = None) -> s
     return reason
 
 
-def packed_inputs(model: nn.Module, input_ids: Tensor, position_ids: Tensor) -> dict[str, Any]:
+def packed_inputs(
+    model: nn.Module, input_ids: Tensor, position_ids: Tensor, *, borders: Tensor | None = None
+) -> dict[str, Any]:
     """What a transformers model is called with so that position ids alone tell documents apart.
 
     input_ids, position_ids: (rows, length) int64. No attention mask and no cache, which would undo
-    it. Flash attention finds borders within a single row only, so for it the rows are laid end to
-    end: its logits are (1, rows · length, vocabulary) and want a `view`. Behind virtual tokens (prompt
-    and prefix tuning) a row is one document, whose positions the model counts itself.
+    it. `varlen` attention is told where documents begin: `borders` (`sequence.borders_of`), found here, by
+    waiting for the device, unless given; others have no use for them. Flash attention finds borders within
+    a single row only, so for it the rows are laid end to end: its logits are (1, rows · length,
+    vocabulary) and want a `view`. Behind virtual tokens (prompt and prefix tuning) a row is one document,
+    whose positions the model counts itself.
     """
-    from arctic_like.model.adapters.build import is_adapted, is_prompt
+    from arctic_like.model.adapters.build import is_prompt
 
     if is_prompt(model):
         return {"input_ids": input_ids, "use_cache": False}
-    if is_adapted(model):  # the adapter passes on what its base may not take
-        model = model.get_base_model()  # type: ignore[operator]
-    if "flash" in str(getattr(getattr(model, "config", None), "_attn_implementation", "")):
+    model = base_of(model)  # an adapter passes on what its base may not take
+    attention = attention_of(model)
+    if "flash" in attention:
         input_ids, position_ids = input_ids.reshape(1, -1), position_ids.reshape(1, -1)
-    inputs = {"input_ids": input_ids, "position_ids": position_ids, "use_cache": False}
+    inputs: dict[str, Any] = {
+        "input_ids": input_ids, "position_ids": position_ids, "use_cache": False,
+    }  # fmt: skip
+    if attention == VARLEN:
+        inputs["attention_mask"] = as_mask(borders_of(position_ids) if borders is None else borders)
     accepted = _accepted(type(model).forward)
     return inputs if accepted is None else {k: v for k, v in inputs.items() if k in accepted}
 

@@ -14,9 +14,19 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from arctic_like.errors import Problem, RecipeError
+from arctic_like.model.attention import (
+    REFUSED,
+    as_mask,
+    base_of,
+    hidden_rule,
+    is_borders,
+    mask_of,
+    set_attention,
+)
+from arctic_like.model.attention_choice import AUTO
 from arctic_like.model.isolation import cannot_isolate, described, evaluating, packed_inputs
 from arctic_like.model.randomness import untouched_randomness
-from arctic_like.sequence import SequenceGroup, block_mask, borders_of, ulysses
+from arctic_like.sequence import SequenceGroup, borders_of, ulysses
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -26,8 +36,6 @@ if TYPE_CHECKING:
 PREFIX = "ulysses_"
 CORES = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flash_attention_4")
 """Attention implementations that can be shared."""
-_REFUSED = ("s_aux", "position_bias")
-"""What some models give their attention, one number for each head, which would have to be shared too."""
 
 
 def sharing_refusal(config: ModelConfig, size: int) -> tuple[str, str, str] | None:
@@ -40,8 +48,8 @@ def sharing_refusal(config: ModelConfig, size: int) -> tuple[str, str, str] | No
         name = adapter.lower().replace("_", " ")
         message = f"is {name}, whose virtual tokens stand before a row, not before each rank's part"
         return message, "peft_config", "use lora, or leave sequence_parallel_size out"
-    attention = getattr(config, "attn_implementation", CORES[0])
-    if attention not in CORES:
+    attention = getattr(config, "attn_implementation", AUTO)
+    if attention not in (*CORES, AUTO):
         return (
             f"is {attention!r}, which cannot be shared among ranks", "attn_implementation",
             f"use one of {', '.join(CORES)}, or leave sequence_parallel_size out",
@@ -56,18 +64,15 @@ def share_attention(model: nn.Module, group: SequenceGroup) -> None:
 
     model: of transformers, perhaps in an adapter. Raises RecipeError naming what cannot be shared.
     """
-    base: Any = _base(model)
+    base: Any = base_of(model)
     core = base.config._attn_implementation
     text = base.config.get_text_config()
     shape = {"num_attention_heads": getattr(text, "num_attention_heads", None)}
     reason = _architecture(base.config.model_type, text.to_dict()) or _heads(shape, group.size)
     if reason is None and core not in CORES:
         reason = f"{base.config.model_type} runs with {core} attention, which cannot be shared"
-    if reason is None:
-        name = _registered(core, group)
-        base.set_attn_implementation(name)
-        if base.config._attn_implementation != name:
-            reason = f"{base.config.model_type} has an attention of its own, which cannot be shared"
+    if reason is None and not set_attention(base, _registered(core, group)):
+        reason = f"{base.config.model_type} has an attention of its own, which cannot be shared"
     if reason is not None:
         raise RecipeError(_problem(reason))
 
@@ -82,9 +87,7 @@ def shared_inputs(
     inputs = packed_inputs(model, input_ids, position_ids)
     # flash attention would have the rows laid end to end, which only whole rows can be
     own = {"input_ids": input_ids, "position_ids": position_ids}
-    return {k: own.get(k, v) for k, v in inputs.items()} | {
-        "attention_mask": borders[None, None, None]
-    }
+    return {k: own.get(k, v) for k, v in inputs.items()} | {"attention_mask": as_mask(borders)}
 
 
 def check_sharing(
@@ -104,7 +107,7 @@ def check_sharing(
     # measured on a CPU: at most 4e-7 in fp32 over 40 architectures, 0 in bf16 over ten; bidirectional or
     # blockwise attention lies 1 to 5 off. A GPU may round the two ways differently.
     if apart > (1e-3 if dtype == torch.float32 else 8e-2):
-        kind = _base(model).config.model_type
+        kind = base_of(model).config.model_type
         raise RecipeError(
             _problem(f"{kind} computes other logits where ranks share a row ({apart:.2g} off)")
         )
@@ -137,12 +140,6 @@ def _apart(
         alone = logits(packed_inputs(model, **mine), part)
     off, far = (group.whole((x - whole).abs().max()[None], dim=0) for x in (shared, alone))
     return float(off.max() / far.max()) if float(far.max()) > 0 else float(off.max() > 0)
-
-
-def _base(model: nn.Module) -> Any:
-    from arctic_like.model.adapters.build import is_adapted
-
-    return model.get_base_model() if is_adapted(model) else model  # type: ignore[operator]
 
 
 def _architecture(model_type: Any, shape: Mapping[str, Any]) -> str | None:
@@ -195,10 +192,8 @@ def _registered(core: str, group: SequenceGroup) -> str:
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor,
         attention_mask: Tensor | None, **options: Any,
     ) -> tuple[Tensor, Any]:  # fmt: skip
-        import torch
-
         function = _core(core, module)
-        if attention_mask is None or attention_mask.dtype != torch.int32:
+        if attention_mask is None or not is_borders(attention_mask):
             plain: tuple[Tensor, Any] = function(
                 _Layer(module, core), query, key, value, attention_mask, **options
             )
@@ -213,7 +208,7 @@ def _registered(core: str, group: SequenceGroup) -> str:
             layer = _Layer(module, core, groups=q.shape[1] // k.shape[1])
             if "flash" in core:
                 return _flash(function, layer, (q, k, v), borders, window, chosen)
-            mask = _mask(attention_mask, q, window, additive=core == "eager")
+            mask = mask_of(attention_mask, q, window, additive=core == "eager")
             found: Tensor = function(layer, q, k, v, mask, **chosen)[0]
             return found.transpose(1, 2)
 
@@ -246,36 +241,13 @@ def _core(core: str, module: nn.Module) -> Callable[..., Any]:
 def _check_options(module: Any, options: Mapping[str, Any]) -> None:
     """Raise RecipeError for what a layer asks of its attention and this one cannot give."""
     kind = type(module).__name__
-    for name in _REFUSED:
+    for name in REFUSED:
         if options.get(name) is not None:
             raise RecipeError(
                 _problem(f"{kind} gives its attention {name!r}, which cannot be shared")
             )
-    kinds, index = getattr(module.config, "layer_types", None), getattr(module, "layer_idx", None)
-    layer = kinds[index] if kinds and isinstance(index, int) and index < len(kinds) else ""
-    windowless = layer == "sliding_attention" and options.get("sliding_window") is None
-    if windowless or "chunked" in layer or options.get("is_causal") is False:
-        reason = f"{kind}, layer {index} ({layer or 'not causal'}), does not tell its attention who sees whom"
+    if reason := hidden_rule(module, options):
         raise RecipeError(_problem(reason))
-
-
-def _mask(carrier: Tensor, query: Tensor, window: int | None, *, additive: bool) -> Tensor | None:
-    """The mask of whole rows for a core, made once for all layers of a forward: kept on the tensor that
-    the layers are given. additive: in the query's dtype, never None, as eager attention wants it."""
-    import torch
-
-    rows, _, length, _ = query.shape
-    kept: dict[Any, Tensor | None] = carrier.__dict__.setdefault("masks", {})
-    key = (rows, length, window, query.dtype if additive else None)
-    if key not in kept:
-        mask = block_mask(carrier.flatten(), rows=rows, length=length, window=window)
-        if additive:
-            if mask is None:
-                mask = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
-            low = torch.finfo(query.dtype).min
-            mask = query.new_zeros(mask.shape).masked_fill_(~mask, low).expand(rows, 1, -1, -1)
-        kept[key] = mask
-    return kept[key]
 
 
 def _flash(

@@ -41,22 +41,22 @@ def borders_of(position_ids: Tensor, labels: Tensor | None = None) -> Tensor:
     """Where the documents of a batch begin, its rows laid end to end, and the end: (documents + 1,) int32,
     what variable-length attention calls cumulative sequence lengths.
 
-    position_ids: (rows, length) on the host; a document begins with a row and wherever a position is not
-    the one before plus one. labels: (rows, length). With them, what follows a row's last trained place
-    belongs to the document before it, however many documents that are: attention is causal, so nothing
-    trained changes, and a padded row is one document.
+    position_ids: (rows, length), on the host: any other device is waited for. A document begins with a
+    row and wherever a position is not the one before plus one. labels: (rows, length). With them, what
+    follows a row's last trained place belongs to the document before it, however many documents that are:
+    attention is causal, so nothing trained changes, and a padded row is one document.
     """
-    import numpy as np
     import torch
+    import torch.nn.functional as F
 
-    positions = position_ids.numpy()
-    begins = np.ones(positions.shape, dtype=bool)
-    begins[:, 1:] = positions[:, 1:] != positions[:, :-1] + 1
+    begins = torch.ones_like(position_ids, dtype=torch.bool)
+    begins[:, 1:] = position_ids[:, 1:] != position_ids[:, :-1] + 1
     if labels is not None:
-        trained = labels.numpy() != IGNORED
+        trained = labels != IGNORED
         # how many trained places stand here or behind
-        begins[:, 1:] &= np.cumsum(trained[:, ::-1], axis=1)[:, ::-1][:, 1:] > 0
-    return torch.from_numpy(np.append(np.flatnonzero(begins), positions.size).astype(np.int32))
+        begins[:, 1:] &= trained.flip(1).cumsum(1).flip(1)[:, 1:] > 0
+    places = begins.flatten().nonzero().flatten()
+    return F.pad(places, (0, 1), value=position_ids.numel()).to(torch.int32)
 
 
 def block_mask(

@@ -166,6 +166,7 @@ def assemble(trainer: Trainer, session: Session) -> Equipment:
             sequence=session.sequence, spare_memory=functools.partial(spare_memory, config),
         )  # fmt: skip
         prove_sharing(made.engine.module, session.sequence, device=world.device)
+        _prove_attention(name, part.model, made.engine.module, info)
         return made
 
     if hasattr(trainer, "on_data_prepared"):  # a model that is asked before there are others
@@ -391,6 +392,29 @@ def _learner(
 
 def _is_frozen(part: Any) -> bool:
     return bool(getattr(part, "frozen", False))
+
+
+def _prove_attention(name: str, model_config: Any, module: nn.Module, info: RunInfo) -> None:
+    """`varlen` attention gives the logits of sdpa; where it does not, `auto` goes back to sdpa."""
+    from arctic_like.model.attention import VARLEN, attention_of, check_varlen, set_attention
+
+    size = getattr(getattr(module, "config", None), "vocab_size", None)
+    if attention_of(module) != VARLEN or not size:
+        return
+    reason = check_varlen(module, vocab_size=int(size), device=info.device)
+    if reason is None:
+        return
+    place = "model.attn_implementation" if name == MAIN else f"{name}.model.attn_implementation"
+    if model_config.attn_implementation == VARLEN:
+        raise RecipeError(
+            Problem(
+                f"is {VARLEN!r}, but {reason}", place=place, hint="leave it out, or set it to sdpa"
+            )
+        )
+    from loguru import logger
+
+    set_attention(module, "sdpa")
+    logger.warning(f"attention: sdpa after all. With {VARLEN}, {reason}")
 
 
 def _prove_isolation(config: Any, module: nn.Module, info: RunInfo) -> None:

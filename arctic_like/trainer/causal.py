@@ -114,17 +114,18 @@ class CausalTrainer(Trainer):
         return found.head
 
     def to_device(self, batch: Any) -> Any:
-        """Nested tensors moved to the device. A batch also says where its targets are trained, found here, on
-        the host: the head would have to wait for the device to know how many there are.
+        """Nested tensors moved to the device. A batch also says where its targets are trained and where its
+        documents begin, found here, on the host: the head and the attention would have to wait for the device
+        to know how many there are.
 
         Where ranks share rows, `input_ids` and `position_ids` are this rank's part; everything else is of
         the whole rows, on every rank.
         """
+        from arctic_like.sequence.rows import borders_of, padded
+
         known = isinstance(batch, Mapping) and {"input_ids", "labels"} <= batch.keys()
         shared = known and self.sequence.size > 1
         if shared:
-            from arctic_like.sequence.rows import borders_of, padded
-
             batch = padded(batch, self.sequence.size)
             batch[BORDERS] = borders_of(batch["position_ids"], batch["labels"])
         if known:
@@ -132,6 +133,8 @@ class CausalTrainer(Trainer):
 
             trained = self.targets(batch["labels"]) != IGNORE
             batch = {**batch, PLACES: trained.nonzero().squeeze(1)}
+            if not shared and "position_ids" in batch:
+                batch[BORDERS] = borders_of(batch["position_ids"])
         moved = super().to_device(batch)
         if shared:
             own = {name: self.sequence.part(moved[name]) for name in ("input_ids", "position_ids")}
@@ -158,8 +161,8 @@ class CausalTrainer(Trainer):
         from arctic_like.model.isolation import packed_inputs
 
         places = batch["input_ids"], batch["position_ids"]
-        if BORDERS not in batch:
-            return packed_inputs(module, *places)
+        if self.sequence.size == 1:
+            return packed_inputs(module, *places, borders=batch.get(BORDERS))
         from arctic_like.model.sequence import shared_inputs
 
         return shared_inputs(module, *places, batch[BORDERS])

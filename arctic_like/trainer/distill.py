@@ -138,7 +138,6 @@ class DistillTrainer(CausalTrainer):
         if self.config.teacher_cache is None:
             return
         self._refuse_trained()
-        from arctic_like.model.isolation import packed_inputs
         from arctic_like.registry import build as build_part
         from arctic_like.trainer.teacher_table import tabulate
 
@@ -151,7 +150,7 @@ class DistillTrainer(CausalTrainer):
 
         def logits(batch: dict[str, Any]) -> Tensor:
             moved = CausalTrainer.to_device(self, batch)
-            inputs = packed_inputs(engine.module, moved["input_ids"], moved["position_ids"])
+            inputs = self.inputs_of(engine.module, moved)
             found: Tensor = engine(**inputs).logits
             return found.view(*moved["input_ids"].shape, -1)
 
@@ -271,10 +270,9 @@ class DistillTrainer(CausalTrainer):
 
         from arctic_like.kernels.linear_loss import IGNORE, linear_distillation, next_tokens
         from arctic_like.model.heads import gathered, through_head
-        from arctic_like.model.isolation import packed_inputs
 
         engine = self.learner(TEACHER).engine
-        inputs = packed_inputs(engine.module, batch["input_ids"], batch["position_ids"])
+        inputs = self.inputs_of(engine.module, batch)
         with torch.no_grad():
             (softened,) = through_head(teacher_head, lambda: engine(**inputs), lambda h, _: (h,))
         targets, config = next_tokens(batch["labels"]), self.config
@@ -337,10 +335,8 @@ class DistillTrainer(CausalTrainer):
 
     def teacher_logits(self, batch: dict[str, Tensor]) -> Tensor:
         """The teacher's logits, (batch, length, vocabulary), packed documents apart."""
-        from arctic_like.model.isolation import packed_inputs
-
         engine = self.learner(TEACHER).engine
-        inputs = packed_inputs(engine.module, batch["input_ids"], batch["position_ids"])
+        inputs = self.inputs_of(engine.module, batch)
         logits: Tensor = engine(**inputs).logits
         return logits.view(*batch["input_ids"].shape, -1)
 

@@ -15,16 +15,24 @@ from typing import Any
 import pytest
 import torch
 
+from arctic_like.api import execute
 from arctic_like.data.balance import Division
 from arctic_like.data.factory import CausalDataConfig, CausalDataFactory
 from arctic_like.data.loader import Loader
 from arctic_like.errors import RecipeError
+from arctic_like.model.attention import attention_of
 from arctic_like.model.isolation import check_isolation, packed_inputs
 from arctic_like.recipe import load_recipe
+from arctic_like.stop import StopRequest
 from arctic_like.tokenizer.byte import byte_tokenizer
 from arctic_like.trainer.losses import mean_loss, token_losses, trained_labels
 from arctic_like.world import World
-from tests.integration.tools import recipe, write_conversations, write_recipe
+from tests.integration.tools import (
+    recipe,
+    without_clocks,
+    write_conversations,
+    write_recipe,
+)
 from tests.model.shapes import make
 
 SMALL = {
@@ -104,8 +112,9 @@ def trained(model: Any, micro_batches: list[dict[str, Any]]) -> tuple[float, dic
     return loss, grads, sum(weights)
 
 
-CASES = [(name, kind) for name in SHAPES for kind in ("sdpa", "eager")]
+CASES = [(name, kind) for name in SHAPES for kind in ("sdpa", "eager", "varlen")]
 CASES.remove(("gemma2", "sdpa"))  # transformers has none: its scores are capped
+CASES.remove(("gemma2", "varlen"))
 
 
 @pytest.mark.parametrize(("name", "attention"), CASES)
@@ -155,3 +164,64 @@ def test_a_state_space_model_is_not_packed(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"data\.pack_samples.*mamba"):
         check_isolation(model, vocab_size=262, device="cpu")
     assert load_recipe(path, ["data.pack_samples=false"]).config.data.pack_samples is False
+
+
+def test_a_run_with_varlen_is_the_run_with_sdpa(tmp_path: Path) -> None:
+    """With adapters, evaluation and checkpointed layers; on a CPU both compute under the same mask."""
+    data = write_conversations(tmp_path / "train.jsonl", count=24)
+    content = recipe(
+        data, train_iters=3, micro_batch_size=2, eval_interval=3, data__train_eval_split=[0.8, 0.2],
+        model__peft_config={"type": "lora", "r": 4, "target_modules": "all-linear"},
+    )  # fmt: skip
+    found = {}
+    for attention in ("sdpa", "varlen", "auto"):
+        path = write_recipe(tmp_path / f"{attention}.yaml", content)
+        seen: list[str] = []
+        execute(
+            load_recipe(path, [f"model.attn_implementation={attention}"]),
+            output_dir=tmp_path / attention, resume="", stop=StopRequest(),
+            inspect=lambda trainer, seen=seen: seen.append(attention_of(trainer.module)),
+        )  # fmt: skip
+        assert seen == ["sdpa" if attention == "auto" else attention]
+        found[attention] = without_clocks(tmp_path / attention)
+    assert found["auto"] == found["sdpa"]
+    assert len(found["varlen"]) == len(found["sdpa"]) > 3
+    for mine, other in zip(found["varlen"], found["sdpa"], strict=True):
+        assert mine == pytest.approx(other, rel=1e-5)
+
+
+def test_a_run_whose_kernel_computes_something_else_falls_back_or_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is chosen is run against sdpa before the first step."""
+    from arctic_like.model import attention, attention_choice
+
+    monkeypatch.setattr(attention, "_usable", lambda query: True)
+    monkeypatch.setattr(attention, "_found_kernel", lambda: wrong_kernel)
+    choice = attention_choice.AttentionChoice("varlen", "as on CUDA")
+    monkeypatch.setattr(attention_choice, "choose", lambda facts: choice)
+
+    def wrong_kernel(
+        query: Any,
+        key: Any,
+        value: Any,
+        *_: Any,
+        scale: float,
+        window_size: Any,
+        enable_gqa: bool = False,
+    ) -> Any:
+        return value.repeat_interleave(query.shape[1] // value.shape[1], dim=1)
+
+    data = write_conversations(tmp_path / "train.jsonl", count=8)
+    path = write_recipe(tmp_path / "run.yaml", recipe(data, train_iters=1))
+    seen: list[str] = []
+    execute(
+        load_recipe(path), output_dir=tmp_path / "auto", resume="", stop=StopRequest(),
+        inspect=lambda trainer: seen.append(attention_of(trainer.module)),
+    )  # fmt: skip
+    assert seen == ["sdpa"]
+    with pytest.raises(RecipeError, match=r"model\.attn_implementation.*off those of sdpa"):
+        execute(
+            load_recipe(path, ["model.attn_implementation=varlen"]),
+            output_dir=tmp_path / "named", resume="", stop=StopRequest(),
+        )  # fmt: skip
