@@ -11,6 +11,8 @@ All of it is taken back at the end. The process must not have process groups of 
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import importlib
 import os
 from collections.abc import Iterator
@@ -42,6 +44,7 @@ def standing_in(world: World) -> Iterator[None]:
         stack.enter_context(_group(world))
         if world.device == DEVICE:
             _gpu(stack)
+            _offer_varlen(stack)
         _models(stack)
         _deepspeed(stack)
         yield
@@ -129,7 +132,7 @@ def _models(stack: ExitStack) -> None:
     stack.enter_context(patch.object(fingerprint, "fingerprint", lambda *_, **__: found))
     stack.enter_context(patch.object(reference, "fingerprint", lambda *_, **__: ""))
     stack.enter_context(patch.object(reference, "prepare_table", lambda *_, **__: _Table()))
-    _offer_flash(stack)
+    _offer_flash()
 
 
 def _numpy(tensor: Any, *_: Any, **__: Any) -> Any:
@@ -228,11 +231,11 @@ def _adamw(self: Any, *, model: Any, device: str, offload: bool) -> Any:
     return torch.optim.AdamW(groups, **arguments, fused=True)
 
 
-def _offer_flash(stack: ExitStack) -> None:
+@functools.cache
+def _flash() -> Any:
+    """What FlashAttention keeps, of (…, length, size) in any order of the leading dimensions."""
     import torch
     from torch.autograd import Function
-    from transformers import AttentionInterface
-    from transformers.masking_utils import AttentionMaskInterface
 
     class Flash(Function):
         """Dao 2023 (FlashAttention-2), section 3.1: output and the rows' log-sum-exp are kept."""
@@ -249,9 +252,41 @@ def _offer_flash(stack: ExitStack) -> None:
             query, key, value, *_ = ctx.saved_tensors
             return tuple(torch.empty_like(one) for one in (query, key, value))
 
+    return Flash
+
+
+def _offer_varlen(stack: ExitStack) -> None:
+    """`auto` chooses as on a GPU of today without packages, and `varlen` keeps what its kernel keeps."""
+    import torch
+
+    from arctic_like.model import attention, attention_choice
+
+    choose = attention_choice.choose
+
+    def as_on_a_gpu(facts: Any) -> Any:
+        return choose(dataclasses.replace(facts, device="cuda", capability=(9, 0)))
+
+    def usable(query: Any) -> bool:
+        half = query.dtype in (torch.bfloat16, torch.float16)
+        return half and query.shape[-1] <= attention.MAX_HEAD_DIM
+
+    def kernel(
+        query: Any, key: Any, value: Any, *_: Any, enable_gqa: bool = False, **__: Any
+    ) -> Any:
+        return _flash().apply(query, key, value)
+
+    stack.enter_context(patch.object(attention_choice, "choose", as_on_a_gpu))
+    stack.enter_context(patch.object(attention, "_usable", usable))
+    stack.enter_context(patch.object(attention, "_found_kernel", lambda: kernel))
+
+
+def _offer_flash() -> None:
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface
+
     def attention(_: Any, query: Any, key: Any, value: Any, *__: Any, **___: Any) -> Any:
         # (batch, heads, length, size) → (batch, length, heads, size)
-        found = Flash.apply(query, key, value)  # type: ignore[no-untyped-call]
+        found = _flash().apply(query, key, value)
         return found.transpose(1, 2).contiguous(), None
 
     AttentionInterface.register(FLASH, attention)
