@@ -29,6 +29,7 @@ VERBS = {
     "chat": ("arctic_like.cli.chat:command", "Talk to a run's model."),
     "generate": ("arctic_like.cli.generate:command", "Answer a file of prompts."),
     "evaluate": ("arctic_like.cli.evaluate:command", "Measure a model on a recipe's data."),
+    "profile": ("arctic_like.cli.profile:command", "Say where the time of a recipe's steps goes."),
 }
 """Verb → where its click command is, and its line in the help."""
 

@@ -71,3 +71,15 @@ def test_steps_without_a_line_do_not_wait(stage: int, tmp_path: Path) -> None:
     assert waits.of("torch") == {}
     places = {place.rpartition(" ")[0] for place in waits.of("deepspeed")}
     assert places <= OF_DEEPSPEED[stage]
+
+
+def test_steps_of_dpo_do_not_wait(tmp_path: Path) -> None:
+    """An epoch of seven steps with a reference model, in fp32, where this project clips by itself."""
+    from .test_preference_runs import content, write_data
+
+    made = content(
+        write_data(tmp_path), "sigmoid", train_iters=6, eval_interval=0, eval_at_end=False,
+        global_batch_size=1, micro_batch_size=1, deepspeed__gradient_clipping=0.5,
+    )  # fmt: skip
+    waits = count(made, tmp_path)
+    assert waits.of("arctic_like") == waits.of("torch") == waits.of("deepspeed") == {}
