@@ -160,6 +160,7 @@ LAUNCHES = {
     "": (),
     "resume": ("--step",),
     "evaluate": ("--model", "--step", "--output", "--harness"),
+    "profile": ("--steps", "--output"),
 }
 """Verbs whose other options are the launcher's, with their own, each of which has a value."""
 

@@ -46,12 +46,13 @@ def attach(trainer: Any, request: dict[str, Any]) -> None:
 
 
 class Measure(Callback):
-    """Times steps after the warm-up, traces the steps after those, and writes what came of it."""
-
-    name = "profile_steps"
+    """Times steps after the warm-up, traces the steps after those, and writes what came of it. No recipe
+    names it."""
 
     def __init__(self, config: Any, request: dict[str, Any]) -> None:
         super().__init__(config)
+        # in notes of errors; as an attribute of the class it would be one that recipes may name
+        self.name = "profile_steps"  # type: ignore[misc]
         self._steps, self._recipe = int(request["steps"]), str(request["recipe"])
         self._done = 0
         self._phases: dict[str, float] = {}

@@ -239,7 +239,7 @@ HEAVY = (
     "pyarrow",
 )
 LIGHT = [["--help"], ["validate", "good.yaml"], ["validate", "bad.yaml"], ["list"], ["init"], ["schema"],
-         ["good.yaml", "--num_gpus", "2", "x=1"]]  # fmt: skip
+         ["good.yaml", "--num_gpus", "2", "x=1"], ["profile", "--help"]]  # fmt: skip
 
 
 @pytest.mark.parametrize("words", LIGHT, ids=" ".join)
