@@ -11,7 +11,6 @@ and exports are as without.
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -104,9 +103,7 @@ def _end_to_end(
 
     rows, heads, length, width = query.shape
     value_width, times = value.shape[-1], heads // key.shape[1]
-    kernel, grouped = _kernel()
-    if times > 1 and not grouped:
-        key, value = (x.repeat_interleave(times, dim=1) for x in (key, value))
+    kernel: Any = _found_kernel()
     # the kernel wants one width for all three, a multiple of 8; zeros change no product
     padded = -(-max(width, value_width) // 8) * 8
     q, k, v = (
@@ -119,7 +116,7 @@ def _end_to_end(
         scale=width**-0.5 if scale is None else scale,
         # a window of w sees itself and the w - 1 before it
         window_size=(-1 if window is None else window - 1, 0),
-        **({"enable_gqa": True} if times > 1 and grouped else {}),
+        enable_gqa=times > 1,
     )  # fmt: skip
     return found.view(rows, length, heads, padded)[..., :value_width]
 
@@ -221,29 +218,47 @@ def _usable(query: Tensor) -> bool:
     return query.is_cuda and half and query.shape[-1] <= MAX_HEAD_DIM and available()
 
 
-def _kernel() -> tuple[Callable[..., Any], bool]:
-    """torch's function, and whether it lets several query heads share a key head."""
-    found = _found_kernel()
-    if found is None:
-        raise RecipeError(_problem("this torch has no variable-length attention with windows"))
-    return found, "enable_gqa" in inspect.signature(found).parameters
-
-
-@functools.cache
 def _found_kernel() -> Callable[..., Any] | None:
+    """torch's function; None where this torch has none."""
+    if not _FOUND:
+        _FOUND.append(_load())
+    return _FOUND[0]
+
+
+_FOUND: list[Callable[..., Any] | None] = []
+"""What `_load` found, once: layers that are compiled can read a list, and import nothing."""
+
+
+def _load() -> Callable[..., Any] | None:
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         return None
-    # 2.10 had neither scale nor window
-    wanted = {"scale", "window_size"}
-    return varlen_attn if wanted <= set(inspect.signature(varlen_attn).parameters) else None
+    known = inspect.signature(varlen_attn).parameters.keys()
+    if not {"scale", "window_size"} <= known:  # torch 2.10
+        return None
+    return varlen_attn if "enable_gqa" in known else repeating(varlen_attn)
+
+
+def repeating(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """A kernel that wants as many key heads as query heads, for fewer of them."""
+
+    def attend(
+        query: Tensor, key: Tensor, value: Tensor, *rest: Any, enable_gqa: bool, **options: Any
+    ) -> Any:
+        if enable_gqa:
+            times = query.shape[1] // key.shape[1]
+            key, value = (x.repeat_interleave(times, dim=1) for x in (key, value))
+        return kernel(query, key, value, *rest, **options)
+
+    return attend
 
 
 def _register() -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
+    available()
     AttentionInterface.register(VARLEN, varlen_attention)
     # for calls without borders; a mask of four dimensions is handed down as it is
     AttentionMaskInterface.register(VARLEN, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])

@@ -60,6 +60,9 @@ class HFModelConfig(ModelConfig):
     """What layers compute again in the backward pass: all but their input (`full`); what is no matrix product
     and no attention (`selective`); nothing (`none`); every k-th layer in full (a whole number)."""
 
+    compile: Literal["blocks"] | bool = False
+    """`blocks` (or true): each layer compiled by itself with torch.compile (docs/speed.md)."""
+
     hf_config_kwargs: dict[str, Any] = Field(default_factory=dict)
     """Values that replace those of the model's config, such as `attention_dropout: 0.1`."""
 
@@ -216,6 +219,10 @@ class HFModelFactory(ModelFactory):
             from arctic_like.model.activations import checkpoint_activations
 
             checkpoint_activations(base, self.config.activation_checkpointing)
+        if self.config.compile:
+            from arctic_like.model.compiled import compile_blocks
+
+            compile_blocks(base, device=device, zero_stage=zero_stage)
         return ready.train()
 
     def for_weights(self, *, tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> nn.Module:

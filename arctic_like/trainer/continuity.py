@@ -29,7 +29,7 @@ HARMLESS = (
     "data.fail_on_missing_cache", "data.use_data_cache", "data.cache_processed_data",
     "model.attn_implementation", "model.disable_activation_checkpoint", "model.save_name",
     "model.activation_checkpointing", "*.model.activation_checkpointing", "tiled_mlp_compute",
-    "activation_checkpoint_cpu_offload",
+    "activation_checkpoint_cpu_offload", "model.compile", "*.model.compile",
     "*.model.attn_implementation", "*.model.disable_activation_checkpoint",
 )  # fmt: skip
 UNSAID = (

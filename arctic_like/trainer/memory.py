@@ -21,6 +21,7 @@ def memory_problems(config: Any) -> Iterator[Problem]:
         section = part.deepspeed if part.deepspeed is not None else config.deepspeed
         prefix = "" if name == MAIN else f"{name}."
         yield from _bf16_problems(prefix, part, section)
+        yield from _compile_problems(f"{prefix}model", config, part, section)
         selective = getattr(part.model, "activation_checkpointing", None) == "selective"
         if selective and zero_stage(section) == 3:
             yield Problem(
@@ -29,6 +30,34 @@ def memory_problems(config: Any) -> Iterator[Problem]:
                 place=f"{prefix}model.activation_checkpointing",
                 hint="set it to full, or use ZeRO 2",
             )
+
+
+def _compile_problems(
+    place: str, config: Any, part: Any, section: Mapping[str, Any]
+) -> Iterator[Problem]:
+    """What layers that are compiled (`model.compile`) are not combined with."""
+    model = part.model
+    if not getattr(model, "compile", False):
+        return
+    reasons = {
+        "ZeRO 3, whose layers gather their weights in hooks": zero_stage(section) == 3,
+        "sequence_parallel_size, whose layers exchange parts of rows": config.sequence_parallel_size
+        > 1,
+        "tiled_mlp_compute": config.tiled_mlp_compute,
+        "activation_checkpoint_cpu_offload": config.activation_checkpoint_cpu_offload,
+        "activation_checkpointing: selective": (
+            getattr(model, "activation_checkpointing", None) == "selective"
+        ),
+        "a quantised base": getattr(model, "quantization", None) is not None,
+        "type: liger, whose kernels are fused already": model.type == "liger",
+        "deterministic: true, since what is compiled depends on the lengths of the first rows": (
+            config.deterministic
+        ),
+    }
+    for reason in (reason for reason, holds in reasons.items() if holds):
+        yield Problem(
+            f"cannot be combined with {reason}", place=f"{place}.compile", hint="leave it out"
+        )
 
 
 def _bf16_problems(prefix: str, part: Any, section: Mapping[str, Any]) -> Iterator[Problem]:
