@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from arctic_like.engine.ds_section import zero_stage
 from arctic_like.errors import Problem
+from arctic_like.model.adapters.config import PROMPTS, kind_of
 from arctic_like.trainer.surface import MAIN
 
 if TYPE_CHECKING:
@@ -47,6 +48,9 @@ def _compile_problems(
         "activation_checkpoint_cpu_offload": config.activation_checkpoint_cpu_offload,
         "activation_checkpointing: selective": (
             getattr(model, "activation_checkpointing", None) == "selective"
+        ),
+        "virtual tokens (prompt and prefix tuning)": (
+            kind_of(getattr(model, "peft_config", None) or {}) in PROMPTS
         ),
         "a quantised base": getattr(model, "quantization", None) is not None,
         "type: liger, whose kernels are fused already": model.type == "liger",

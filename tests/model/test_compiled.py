@@ -64,8 +64,7 @@ def test_packed_rows_of_several_lengths(
     for length in (13, 17, 24, 31):
         for found, expected in zip(step(compiled, length), step(plain, length), strict=True):
             assert (found - expected).norm() <= 1e-5 * expected.norm()
-    # one graph of the first length and one of any, for both layers; it may be cut where a mask is made
-    assert 1 <= traced() <= 8
+    assert traced() == 2, "one graph for the first length and one for any, shared by the layers"
     before = traced()
     step(compiled, 28)
     assert traced() == before, "any other length is compiled already"
@@ -103,6 +102,8 @@ def test_names_and_copies_are_those_of_the_model(traced: Any) -> None:
          "selective"),
         ({"model__type": "liger"}, "liger"),
         ({"deterministic": True}, "deterministic"),
+        ({"model__peft_config": {"type": "prefix_tuning", "num_virtual_tokens": 4},
+          "data__pack_samples": False}, "virtual tokens"),
     ],
 )  # fmt: skip
 def test_what_it_is_not_combined_with_is_refused(
