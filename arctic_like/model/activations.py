@@ -203,7 +203,7 @@ class _Away:
         if self._here is not None:
             return
         if not self._cuda:
-            self._here = self._host.clone()
+            self._here = self._host.to(self._device, copy=True)
             return
         # On the one side stream this comes after the copy that brought it here. The memory belongs to the
         # computing stream, which waits in `fetch`; what was there before must be done with.

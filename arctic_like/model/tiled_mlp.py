@@ -55,6 +55,12 @@ def tile_mlps(model: nn.Module, *, tokens: int | None = None, zero_stage: int = 
     return len(found)
 
 
+def is_tiled(module: nn.Module) -> bool:
+    """Whether a module computes piece by piece."""
+    forward = vars(module).get("forward")
+    return isinstance(forward, functools.partial) and forward.func is _tiled
+
+
 def _tiled(
     module: nn.Module, forward: Callable[[Tensor], Tensor], tokens: int | None, hidden: Tensor
 ) -> Tensor:

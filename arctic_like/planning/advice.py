@@ -7,9 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from arctic_like.engine.ds_config import offload_device, zero_stage
+from arctic_like.errors import RecipeError
 from arctic_like.planning.plan import Machine, Plan
 
-CHECKPOINT = "model.disable_activation_checkpoint=false"
+CHECKPOINT = "model.activation_checkpointing=full"
+TILES = "tiled_mlp_compute=true"
+AWAY = "activation_checkpoint_cpu_offload=true"
 STAGE = "deepspeed.zero_optimization.stage={}"
 CUDA_ONLY = ("fused_adam", "fused_adam_moe")
 OFFLOAD = "deepspeed.zero_optimization.{}.device=cpu"
@@ -42,8 +45,7 @@ def changes(config: Any, machine: Machine) -> Iterator[Change]:
         yield smaller(config, _half(config), machine)
         if _half(config) > 1:
             yield smaller(config, 1, machine)
-    if getattr(config.model, "disable_activation_checkpoint", False):
-        yield Change((CHECKPOINT,), "one more forward, about a third of the step")
+    yield from _activations(config, machine)
     stage = zero_stage(config.deepspeed)
     # an optimizer that is a CUDA kernel does not run on the host
     kernel = ("optimizer.type=cpu_adam",) if config.optimizer.type in CUDA_ONLY else ()
@@ -71,20 +73,52 @@ def changes(config: Any, machine: Machine) -> Iterator[Change]:
 
 def cheapest(config: Any, machine: Machine, replan: Replan) -> tuple[Change, Plan] | None:
     """The first single change that fits, else the first sum of them; None where none does."""
-    tried = list(changes(config, machine))
-    for change in tried:
-        plan = replan(change.overrides)
+    possible = []
+    for change in changes(config, machine):
+        plan = _tried(replan, change)
+        if plan is None:
+            continue
         if plan.fits:
             return change, plan
+        possible.append(change)
     together: Change | None = None
-    for change in _without_weaker(tried):
-        together = change if together is None else together + change
-        if together is change:
+    for change in _without_weaker(possible):
+        before, together = together, change if together is None else together + change
+        if before is None:
             continue  # it was tried alone
-        plan = replan(together.overrides)
-        if plan.fits:
+        plan = _tried(replan, together)
+        if plan is None:
+            together = before
+        elif plan.fits:
             return together, plan
     return None
+
+
+def _tried(replan: Replan, change: Change) -> Plan | None:
+    """The plan with a change; None where the recipe does not allow it: tiles for a mixture of experts."""
+    try:
+        return replan(change.overrides)
+    except RecipeError:
+        return None
+
+
+def _activations(config: Any, machine: Machine) -> Iterator[Change]:
+    """Fewer activations, for more computation."""
+    how = getattr(config.model, "activation_checkpointing", None)
+    if how is None:
+        return  # a model of one's own
+    off = config.model.disable_activation_checkpoint
+    best = {"activation_checkpointing": "full", "disable_activation_checkpoint": False}
+    # prefix tuning keeps them whatever the recipe says
+    can = not config.model.model_copy(update=best).keeps_activations
+    words: tuple[str, ...] = ()
+    if can and (off or how != "full"):
+        words = (CHECKPOINT, *(["model.disable_activation_checkpoint=false"] if off else []))
+        yield Change(words, "one more forward, about a third of the step")
+    if not config.tiled_mlp_compute:
+        yield Change((TILES,), "MLPs are computed once more in the backward")
+    if machine.on_gpu and can and not config.activation_checkpoint_cpu_offload:
+        yield Change((*words, AWAY), "inputs of layers go to the host's memory and back")
 
 
 def smaller(config: Any, micro: int, machine: Machine) -> Change:

@@ -3,12 +3,14 @@
 A rehearsal computes with tensors of a shape and a dtype and no values. What a program decides by values it
 decides, in training, by whole numbers that come from the batch: how many labels are trained, where documents
 begin, whether a mask is needed. These are small and are computed beside: a tensor made of tensors whose
-values are known has a known value too, as long as it is of integers or booleans. Nothing else is known; a
-number that is asked for all the same (a norm, an overflow) is 0.
+values are known has a known value too, as long as it is of integers or booleans, or a single number made of
+such (an optimizer's count of steps). Nothing else is known; a number that is asked for all the same (a norm,
+an overflow) is 0.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -41,11 +43,11 @@ def computed(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     no interest. Without tensors among the arguments it makes a tensor (`arange`)."""
     import torch
     from torch.utils._python_dispatch import _disable_current_modes
-    from torch.utils._pytree import tree_leaves, tree_map_only
+    from torch.utils._pytree import tree_map_only
 
-    given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+    given = list(_tensors((*args, *kwargs.values())))
     values = [value_of(tensor) for tensor in given]
-    if any(v is None or v.is_floating_point() or v.numel() > LARGEST for v in values):
+    if any(v is None or not is_known(v) for v in values):
         return None
     if not given and not _makes_small_integers(function, args, kwargs):
         return None
@@ -54,6 +56,23 @@ def computed(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     with _disable_current_modes(), torch.no_grad():
         plain, named = tree_map_only(torch.Tensor, value_of, (args, kwargs))
         return function(*plain, **named)
+
+
+def _tensors(arguments: Iterable[Any]) -> Iterator[Tensor]:
+    """Those of an operation of aten, whose arguments are tensors, lists of such, and plain values."""
+    import torch
+
+    for one in arguments:
+        if isinstance(one, torch.Tensor):
+            yield one
+        elif isinstance(one, (list, tuple)):
+            yield from _tensors(one)
+
+
+def is_known(value: Tensor) -> bool:
+    """Whether such a value is carried along: whole numbers, and a single number, such as an optimizer's count
+    of steps."""
+    return value.ndim == 0 or (not value.is_floating_point() and value.numel() <= LARGEST)
 
 
 def _makes_small_integers(function: Any, args: Any, kwargs: dict[str, Any]) -> bool:

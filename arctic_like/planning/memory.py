@@ -73,7 +73,9 @@ class Memory:
             self._compare(place)
 
     def add(self, tensor: Tensor) -> None:
-        """Count the storage of a tensor, unless it is known."""
+        """Count the storage of a tensor, unless it is known or of no device."""
+        if tensor.device.type == "meta":  # DeepSpeed notes shapes with such
+            return
         storage = tensor.untyped_storage()
         key = storage._cdata
         size = storage.nbytes()
@@ -88,6 +90,12 @@ class Memory:
         self._storages[key] = made
         self._change(made, size)
         weakref.finalize(storage, self._forget, key)
+
+    def hold(self, size: int, kind: str, *, place: Place) -> None:
+        """Count memory that is there beside the tensors at every later peak: the peak so far grows by it."""
+        before = self.peaks[place]
+        kinds = {**before.kinds, kind: before.kinds.get(kind, 0) + size}
+        self.peaks[place] = Peak(before.total + size, kinds, before.phase)
 
     def relabel(self, tensor: Tensor, kind: str) -> None:
         """Say what kind of thing a tensor's storage is."""

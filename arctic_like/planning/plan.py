@@ -23,6 +23,7 @@ IN_ORDER = {
     "optimizer": "master weights and optimizer states",
     "gradients": "the gradients",
     "communication": "buffers of the communication",
+    "checkpoint": "the copy of an asynchronous checkpoint",
     "activations": "the activations",
     "logits": "the logits",
 }
@@ -130,18 +131,26 @@ def _timed(
     flops = float(cost.flops(tokens, squares))
     if machine.device is None:
         return flops, None
-    recomputes = not getattr(config.model, "keeps_activations", True)
     forward = 2 * cost.parameters * tokens + 4 * cost.attention * squares
+    again = recomputed_share(config.model) * forward + 2 * found.tiled * tokens
     stage = zero_stage(config.deepspeed)
     width = 4 if config.model.dtype == "fp32" else 2
     work = Work(
-        model_flops=flops, recomputed_flops=forward if recomputes else 0.0,
+        model_flops=flops, recomputed_flops=again,
         bytes_weights=width * found.parameters,
         bytes_gradients=found.trained * (4 if stage else width),
         bytes_trained_weights=width * found.trained, trained=found.trained,
         micro_batches=course.rounds, stage=stage, ranks=machine.ranks,
     )  # fmt: skip
     return flops, step_time(work, machine.device)
+
+
+def recomputed_share(model: Any) -> float:
+    """The share of a forward pass's matrix products that checkpointing does again. `selective` keeps them."""
+    if getattr(model, "keeps_activations", True):
+        return 0.0
+    how = getattr(model, "activation_checkpointing", "full")
+    return 1 / how if isinstance(how, int) else float(how == "full")
 
 
 def kinds(found: Mapping[str, int]) -> list[tuple[str, int]]:

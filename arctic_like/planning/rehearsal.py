@@ -51,6 +51,8 @@ class Rehearsal:
     steady: dict[str, int] = field(default_factory=dict)
     """Kind → bytes on the device between steps."""
     cost: Any = None
+    tiled: int = 0
+    """Parameters of MLPs that compute piece by piece, and so once more in the backward."""
 
 
 class Alone(HostGroup):
@@ -115,6 +117,8 @@ def _rehearsed(
             with memory.during("step", "activations"):
                 _step(trainer, micro_batches, memory)
             label(trainer, memory)
+        steady = memory.live("device")
+        _capture(trainer, memory)
         parameters = {
             p: int(getattr(p, "ds_numel", p.numel())) for p in trainer.module.parameters()
         }
@@ -123,8 +127,58 @@ def _rehearsed(
         return Rehearsal(
             memory.peaks["device"], memory.peaks["host"], sum(parameters.values()),
             sum(count for p, count in parameters.items() if p.requires_grad),
-            memory.live("device"), model_cost(trainer.module),
+            steady, model_cost(trainer.module), _tiled(trainer.module, micro_batches),
         )  # fmt: skip
+
+
+def _tiled(module: Any, micro_batches: Sequence[Any]) -> int:
+    """Parameters of MLPs that the longest row does not pass in one piece."""
+    from torch.utils._pytree import tree_leaves
+
+    from arctic_like.model.tiled_mlp import is_tiled
+
+    width = getattr(getattr(module, "config", None), "hidden_size", None)
+    lengths = [
+        leaf.shape[-1] for leaf in tree_leaves(list(micro_batches)) if getattr(leaf, "ndim", 0) == 2
+    ]
+    if width is None or max(lengths, default=0) <= width:
+        return 0
+    return sum(
+        int(getattr(p, "ds_numel", p.numel()))
+        for part in module.modules()
+        if is_tiled(part)
+        for p in part.parameters()
+    )
+
+
+def _capture(trainer: Any, memory: Memory) -> None:
+    """An asynchronous checkpoint keeps host memory for the rank's state, from the first save on."""
+    engines = trainer.config.checkpoint
+    if not any(one.enabled and getattr(one, "asynchronous", False) for one in engines):
+        return
+    memory.hold(state_size(trainer), "checkpoint", place="host" if memory.on_gpu else "device")
+
+
+def state_size(trainer: Any) -> int:
+    """Bytes of what this rank saves: trained weights, its share of them at ZeRO 3, master weights and states.
+
+    At stages 0 to 2 rank zero, the fullest, saves the weights.
+    """
+    from torch.utils._pytree import tree_leaves
+
+    found: dict[int, int] = {}
+    for learner in trainer.learners.values():
+        engine = learner.engine
+        if engine.base_optimizer is None:
+            continue
+        tensors = [getattr(p, "ds_tensor", p) for p in engine.trained().values()]
+        tensors += [p for group in engine.base_optimizer.param_groups for p in group["params"]]
+        tensors += tree_leaves([dict(state) for state in engine.base_optimizer.state.values()])
+        for one in tensors:
+            if hasattr(one, "untyped_storage"):
+                storage = one.untyped_storage()
+                found[storage._cdata] = storage.nbytes()
+    return sum(found.values())
 
 
 def _assembled(recipe: Recipe, prepared: Prepared, world: World, memory: Memory) -> Any:

@@ -56,14 +56,16 @@ def _mode(memory: Memory) -> Any:
             return found
 
         def _remember(self, found: Any, value: Any) -> None:
-            made = tree_leaves(found)
-            values = tree_leaves(value) if value is not None else [None] * len(made)
+            made = [found] if isinstance(found, torch.Tensor) else tree_leaves(found)
+            values: list[Any] = [None] * len(made)
+            if value is not None:
+                values = tree_leaves(value)
             for tensor, own in zip(made, values, strict=False):
                 if not isinstance(tensor, FakeTensor):
                     continue
                 memory.add(tensor)
-                whole = own is not None and not own.is_floating_point()
-                known.remember(tensor, own if whole and own.numel() <= known.LARGEST else None)
+                kept = own is not None and known.is_known(own)
+                known.remember(tensor, own if kept else None)
 
     def _grouped(left: Any, right: Any, groups: Any = None) -> Any:
         """(m, k) · (g, k, n) → (m, n); (m, k) · (k, n) by groups of k → (g, m, n)."""

@@ -22,10 +22,17 @@ BASE: dict[str, Any] = {
 PADDED = {"data__pack_samples": False, "micro_batch_size": 8}
 BF16 = {"model__dtype": "bf16"}
 CHECKPOINTED = {"model__disable_activation_checkpoint": False}
+BF16_STATES = {
+    **BF16, "optimizer": {"type": "adamw_bf16", "learning_rate": 0.001},
+    "deepspeed__bf16": {
+        "enabled": True, "bf16_master_weights_and_grads": True, "bf16_optimizer_states": True
+    },
+}  # fmt: skip
+SAVED_MEANWHILE = {"type": "deepspeed", "asynchronous": True, "save_every_n_steps": 1}
 
 
 def stage(number: int) -> dict[str, Any]:
-    """With small buckets: gloo's threads let go of one some time after it was reduced, by chance."""
+    """With small buckets, which do not outweigh a small model."""
     return {"deepspeed__zero_optimization": {"stage": number, "reduce_bucket_size": 2**17}}
 
 
@@ -66,6 +73,16 @@ ONE_RANK: dict[str, dict[str, Any]] = {
     "gpt2-lora": {"model__config": GPT2, "model__peft_config": {**LORA, "target_modules": ["c_attn"]}},
     "mixtral": {"model__config": MIXTRAL},
     "mixtral-bf16-stage-2": {"model__config": MIXTRAL, **BF16, **stage(2)},
+    "llama-selective": {**CHECKPOINTED, "model__activation_checkpointing": "selective"},
+    "llama-every-second-bf16-stage-2": {
+        **CHECKPOINTED, "model__activation_checkpointing": 2, **BF16, **stage(2)
+    },
+    "llama-tiled": {"tiled_mlp_compute": True, **CHECKPOINTED},
+    "llama-tiled-bf16-stage-3": {"tiled_mlp_compute": True, **CHECKPOINTED, **BF16, **stage(3)},
+    "llama-adamw-bf16-stage-2": {**BF16_STATES, **stage(2)},
+    "llama-adamw-bf16-stage-3": {**BF16_STATES, **stage(3)},
+    "llama-saved-meanwhile": {"checkpoint": [SAVED_MEANWHILE]},
+    "llama-saved-meanwhile-bf16-stage-2": {"checkpoint": [SAVED_MEANWHILE], **BF16, **stage(2)},
 }  # fmt: skip
 TWO_RANKS: dict[str, dict[str, Any]] = {
     "two-llama": {},
