@@ -97,14 +97,14 @@ def test_what_is_computed_again(path: Path, how: str, share: float) -> None:
 
 @pytest.mark.full
 def test_checkpoints_on_the_host_are_not_on_the_device(path: Path) -> None:
-    """A layer's input is 16 · 256 · 512 bf16 numbers, 4 MiB. Eight lie on the host at once; on the device are
-    those of the layer that is computed again, and of the one before it, which is sent for."""
+    """A layer's input is 16 · 256 · 512 bf16 numbers, 4 MiB. Eight lie on the host at once. The
+    device's peak is lower by less: it moves to the end of the backward, where the gradients have grown."""
     words = ("micro_batch_size=16", "--gpus", "1", "--no-data")
     _, kept = planned(path, *words)
     _, away = planned(path, AWAY, *words)
     layer = 16 * 256 * 512 * 2
     assert 8 * layer <= away["host_peak_per_rank"] < 9 * layer
-    assert 5 * layer <= kept["peak"] - away["peak"] <= 8 * layer
+    assert layer <= kept["peak"] - away["peak"] <= 8 * layer
 
 
 @pytest.mark.full
