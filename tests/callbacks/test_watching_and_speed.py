@@ -100,7 +100,7 @@ def test_rates_are_sums_over_the_window(data: Path) -> None:
     )
     trainer = SimpleNamespace(
         batch=SimpleNamespace(micro_batches=[micro, SimpleNamespace(idle=True)]), device="cpu",
-        world=SimpleNamespace(size=2), sum_over_ranks=lambda values: [2 * v for v in values],
+        world=SimpleNamespace(size=2, counts=True), sum_over_ranks=lambda values: [2 * v for v in values],
     )  # fmt: skip
     for seconds in (100.0, 3.0, 5.0):  # the first falls out of the window
         callback.on_step_start(trainer)

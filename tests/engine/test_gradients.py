@@ -19,6 +19,8 @@ from tests.engine.launch import (
     rounding,
 )
 
+pytestmark = pytest.mark.full
+
 ALL = [
     job(check, stage, dtype, **options)
     for check in ("gradients", "idle", "later")

@@ -21,6 +21,8 @@ from tests.engine.launch import (
     rounding,
 )
 
+pytestmark = pytest.mark.full
+
 CHECKS = ("surgery", "nothing", "swapping")
 ALL = [
     job(check, stage, dtype, **options)

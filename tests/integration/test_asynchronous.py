@@ -137,7 +137,8 @@ def test_it_holds_the_state_of_its_step(tmp_path: Path, ranks: int, stage: int) 
     assert leftovers == []
 
 
-@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("ranks", [1, 2])
 def test_killed_while_it_is_written_nothing_complete_is_lost(tmp_path: Path, ranks: int) -> None:
     made = content(tmp_path, deepspeed__zero_optimization__stage=2)
     made["checkpoint"][0] |= {"asynchronous": True, "auto_resume": True, "keep_last": 1}

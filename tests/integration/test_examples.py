@@ -69,6 +69,7 @@ def test_digits_end_early(tmp_path: Path) -> None:
     assert last(found, "test/loss") > 0, "an early stop concludes the training: the test follows"
 
 
+@pytest.mark.full
 def test_the_generator_makes_digits(tmp_path: Path) -> None:
     """Its samples come nearer to what digits look like on average than those of its first weights."""
     from sklearn.datasets import load_digits
@@ -92,6 +93,7 @@ def test_the_generator_makes_digits(tmp_path: Path) -> None:
     assert final < 0.5 * first, (first, final)
 
 
+@pytest.mark.full
 def test_the_splats_become_the_picture(tmp_path: Path) -> None:
     """The logged PSNR is that of the picture which was written, target and drawing side by side."""
     found = run("splats/fit.yaml", tmp_path, "train_iters=240", "eval_interval=80")

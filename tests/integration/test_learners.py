@@ -23,6 +23,8 @@ from .tools import (
     write_recipe,
 )
 
+pytestmark = pytest.mark.full
+
 RECIPES = Path(__file__).parents[2] / "recipes"
 STAGES = (0, 2, 3)
 EXAMPLES = {

@@ -9,6 +9,8 @@ import pytest
 
 from .tools import arctic_train, drive, lines, recipe, write_conversations, write_recipe
 
+pytestmark = pytest.mark.full
+
 CODE = '''
 import torch
 from torch import nn

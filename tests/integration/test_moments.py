@@ -238,6 +238,7 @@ def test_a_file_of_ones_own_adds_moment_family_and_trainer(tmp_path: Path) -> No
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.full
 def test_an_installed_package_adds_them_through_its_entry_point(tmp_path: Path) -> None:
     """Built and installed by pip into a folder of its own; the recipe names no file."""
     package = tmp_path / "package"

@@ -26,6 +26,8 @@ from .tools import (
     write_recipe,
 )
 
+pytestmark = pytest.mark.full
+
 STEPS, RATE = 20, 3e-3
 PER_EPOCH = 4
 """56 training rows in global batches of 16 (the last has 8)."""

@@ -12,6 +12,7 @@ from tests.test_docs import ROOT, blocks
 
 from .test_preference_runs import write_pairs
 from .tools import (
+    CLOCKS,
     MODEL,
     drive,
     lines,
@@ -107,12 +108,8 @@ class Runs:
     def same(self, name: str, expected: str, *, steps: int = STEPS, near: float = 1e-5) -> None:
         """Every number of every line but clocks; losses to `near`."""
         ours, theirs = (lines(self.folder / n) for n in (name, expected))
-        kinds = [
-            sorted(k for k in line if "_time" not in k and "per_sec" not in k) for line in ours
-        ]
-        assert kinds == [
-            sorted(k for k in line if "_time" not in k and "per_sec" not in k) for line in theirs
-        ]
+        kinds = [sorted(set(line) - CLOCKS) for line in ours]
+        assert kinds == [sorted(set(line) - CLOCKS) for line in theirs]
         assert len(train_lines(self.folder / name)) == steps
         for line, other, keys in zip(ours, theirs, kinds, strict=True):
             for key in keys:

@@ -23,6 +23,8 @@ from tests.methods.runs import (
 )
 from tests.methods.test_distillation import TEACHER, distill
 
+pytestmark = pytest.mark.full
+
 WIDE = {**TEACHER, "config": {**TEACHER["config"], "hidden_size": 48}}
 NAMES = {f"hidden_projections.{layer}.weight" for layer in (1, 2)}
 

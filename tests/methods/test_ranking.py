@@ -30,6 +30,8 @@ from tests.methods.runs import (
     write_rows,
 )
 
+pytestmark = pytest.mark.full
+
 
 def rankings(count: int, *, seed: int, answers: int = 4) -> list[dict[str, Any]]:
     """Rows with answers of different lengths, the best first; the more yes, the better."""

@@ -80,6 +80,7 @@ def test_rounding_depends_on_seed_and_step_and_survives_a_resume() -> None:
     assert not torch.equal(run(1, cut=False), run(2, cut=False))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("ranks", "stage"), [(1, 2), pytest.param(2, 2, marks=pytest.mark.full),
                          pytest.param(2, 3, marks=pytest.mark.full)],

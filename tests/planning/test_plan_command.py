@@ -33,6 +33,7 @@ def planned(path: Path, *words: str) -> tuple[int, dict[str, Any]]:
     return done.returncode, json.loads(done.stdout)
 
 
+@pytest.mark.full
 def test_says_what_does_not_fit_and_the_change_that_does_it(path: Path) -> None:
     _, alone = planned(path, "--gpus", "1")
     room = alone["peak"] + 2**30 - alone["peak_by_kind"]["activations"] // 3

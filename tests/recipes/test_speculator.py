@@ -21,6 +21,8 @@ from arctic_like.stop import StopRequest
 from tests.integration.tools import MODEL, WORDS, lines, recipe, write_conversations, write_recipe
 from tests.methods.runs import Jobs, clockless
 
+pytestmark = pytest.mark.full
+
 FOLDER = Path(__file__).parents[2] / "recipes" / "speculator"
 BASE = {**MODEL, "hidden_size": 24}
 KINDS = {

@@ -169,6 +169,7 @@ def test_the_phases_of_a_run_are_its_step_time(tmp_path: Path) -> None:
     assert sum(seconds.values()) < took
 
 
+@pytest.mark.full
 def test_a_rank_that_waits_for_another_waits_in_communication(tmp_path: Path) -> None:
     """Rank 1 sleeps in its forward: rank 0, whose lines these are, meets it in the gradients' reduction."""
     data = write_conversations(tmp_path / "data.jsonl")

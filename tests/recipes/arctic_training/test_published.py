@@ -21,13 +21,10 @@ HERE = Path(__file__).parent
 RECIPES = sorted(path for pattern in ("*/*.y*ml", "*/*/*.y*ml") for path in HERE.glob(pattern))
 
 REFUSED = {
-    "sequence-parallelism": {"tiled_mlp_compute", "activation_checkpoint_cpu_offload"},
-    "news": {"tiled_mlp_compute"},
     "causal_snowflake": {"data.sources.0.sql", "data.sources.0.table_name",
                          "data.sources.0.dataset_uri"},
     "arctic_moe": {"arctic_moe", "expert_parallel_size", "model.arch_variant"},
-    "config": {"activation_checkpoint_cpu_offload"},
-    "sql_auto_complete": {"activation_checkpoint_cpu_offload", "data.sample_weighted_loss"},
+    "sql_auto_complete": {"data.sample_weighted_loss"},
     "dpo": {"scheduler.learning_rate"},
 }  # fmt: skip
 """Folder → what validation says that a run refuses; nothing anywhere else."""
