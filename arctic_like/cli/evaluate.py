@@ -64,7 +64,7 @@ def command(words: list[str]) -> int:
     harness.json.
     """
     spoken = ["arctic-train", "evaluate", *words]
-    words, own = take_options(words)
+    words, own = take_options(words, OPTIONS)
     if not words or words[0].startswith("-"):
         raise click.UsageError("name a recipe or a run directory: arctic-train evaluate RUN_DIR")
     line = split_words(words)
@@ -112,14 +112,14 @@ def _by_harness(source: Path, line: Any, own: Mapping[str, str], *, argv: list[s
     )  # fmt: skip
 
 
-def take_options(words: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """Our own options, `--model PATH` or `--model=PATH`, wherever they stand; the rest as it was."""
+def take_options(words: Sequence[str], options: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """A verb's own options, `--model PATH` or `--model=PATH`, wherever they stand; the rest as it was."""
     rest: list[str] = []
     own: dict[str, str] = {}
     left = iter(words)
     for word in left:
         name, equals, value = word.partition("=")
-        if name not in OPTIONS:
+        if name not in options:
             rest.append(word)
             continue
         own[name] = value if equals else next(left, "")

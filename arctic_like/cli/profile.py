@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from arctic_like.cli.evaluate import QUIET
+from arctic_like.cli.evaluate import QUIET, take_options
 from arctic_like.cli.train import Words, check_before_launch, read_recipe, split_words
 from arctic_like.errors import Problem, RecipeError
 
@@ -33,7 +33,7 @@ def command(words: list[str]) -> int:
     evaluates nothing, tells no tracker, and touches no run.
     """
     spoken = ["arctic-train", "profile", *words]
-    words, own = _take_options(words)
+    words, own = take_options(words, ("--steps", "--output"))
     if not words or words[0].startswith("-"):
         raise click.UsageError("name a recipe: arctic-train profile RECIPE [--steps N]")
     steps = own.get("--steps", "5")
@@ -77,19 +77,3 @@ def quiet(steps: int) -> list[str]:
         f"exit_iteration_this_run={steps}", "exit_iteration=0", "train_log_iter_interval=0",
         "mem_profiler=null",
     ]  # fmt: skip
-
-
-def _take_options(words: list[str]) -> tuple[list[str], dict[str, str]]:
-    """`--steps N`, `--output DIR`, wherever they stand; the rest as it was."""
-    rest: list[str] = []
-    own: dict[str, str] = {}
-    left = iter(words)
-    for word in left:
-        name, equals, value = word.partition("=")
-        if name not in ("--steps", "--output"):
-            rest.append(word)
-            continue
-        own[name] = value if equals else next(left, "")
-        if not own[name]:
-            raise click.UsageError(f"{name} needs a value")
-    return rest, own
