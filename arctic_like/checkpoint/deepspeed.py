@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,10 @@ if TYPE_CHECKING:
     from arctic_like.engine.deepspeed import Engine
     from arctic_like.engine.host import HostGroup
     from arctic_like.world import World
+
+
+_File = tuple[Callable[[Any, str], object], Any, str]
+"""How a file is written, what into it, and its path."""
 
 
 class DeepSpeedCheckpointConfig(CheckpointConfig):
@@ -126,20 +131,14 @@ class DeepSpeedCheckpoint(CheckpointEngine):
         if self.config.asynchronous:
             *states, rank_copy = copies
             # Without the states themselves, which would live as long as this.
-            files = [(f.write, state, f.path) for f, state in zip(captured, states, strict=True)]
-
-            def write_all() -> list[str]:
-                try:
-                    for write, state, path in files:
-                        write(state, path)
-                    torch.save(rank_copy, partial / rank_file)
-                except (OSError, RuntimeError) as problem:
-                    raise _not_written(directory, problem) from problem
-                return [rank_file, *(str(Path(path).relative_to(partial)) for _, _, path in files)]
-
+            files: list[_File] = [
+                (f.write, state, f.path) for f, state in zip(captured, states, strict=True)
+            ]
+            files.append((torch.save, rank_copy, str(partial / rank_file)))
             self._background = BackgroundSave(
-                partial, rank=world.rank, ranks=world.size, write=write_all, publish=conclude
-            )
+                partial, rank=world.rank, ranks=world.size, publish=conclude,
+                write=lambda: _write(files, partial, directory),
+            )  # fmt: skip
             return
         mine = files_below(partial)[world.rank :: world.size]
         entries: dict[str, Any] = {}
@@ -177,6 +176,16 @@ class DeepSpeedCheckpoint(CheckpointEngine):
             torch.load(directory / "ranks" / f"rank-{rank}.pt", weights_only=True)
             for rank in range(saved["world_size"])
         ]
+
+
+def _write(files: list[_File], partial: Path, directory: Path) -> list[str]:
+    """Write copies of states, each with its way of writing and its path; their names inside `partial`."""
+    try:
+        for write, state, path in files:
+            write(state, path)
+    except (OSError, RuntimeError) as problem:
+        raise _not_written(directory, problem) from problem
+    return [str(Path(path).relative_to(partial)) for _, _, path in files]
 
 
 def _not_written(directory: Path, problem: BaseException) -> CheckpointError:
