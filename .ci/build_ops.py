@@ -18,6 +18,10 @@ def main() -> None:
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 
+    from arctic_like.engine.op_locks import remove_stale_locks
+
+    for lock in remove_stale_locks():
+        print(f"removed {lock}: a process that was killed left it", file=sys.stderr)
     deepspeed.utils.logger.setLevel(logging.ERROR)
     for name in sys.argv[1:]:
         start = time.perf_counter()

@@ -65,3 +65,15 @@ def test_the_folder_is_where_torch_looks(monkeypatch: pytest.MonkeyPatch, tmp_pa
     lock = Path(_get_build_directory("some_operator", verbose=False)) / "lock"
     lock.write_text("")
     assert op_locks.remove_stale_locks() == [lock]
+
+
+def test_setting_up_this_project_removes_it(lock: Path) -> None:
+    """`make setup` builds operators before any run: it would be the first to wait."""
+    lock.write_text("")
+    builder = Path(__file__).parents[2] / ".ci" / "build_ops.py"
+    done = subprocess.run(
+        [sys.executable, str(builder)], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0
+    assert str(lock) in done.stderr
+    assert not lock.exists()
