@@ -15,7 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from arctic_like.engine import access, frozen_base, gradients, surgery
+from arctic_like.engine import access, frozen_base, gradients, surgery, traces
 from arctic_like.engine.held import held
 from arctic_like.engine.host import HostGroup
 from arctic_like.engine.idle_parameters import settle
@@ -88,6 +88,8 @@ class Engine:
             return
         for parameter in self._trained:
             parameter.requires_grad_(True)
+        if self.zero_stage == 3:
+            traces.forget_with_the_trace()
         with _no_update(self.base_optimizer), _no_memory_reports():
             self.engine, *_ = deepspeed.initialize(
                 model=self.module, optimizer=self.base_optimizer,
@@ -390,6 +392,8 @@ class Engine:
             return
         access.release(engine, self.zero_stage)
         engine.destroy()
+        if self.zero_stage == 3:
+            traces.forget()
         for hook in (engine.module_forward_pre_hook, engine.module_forward_post_hook):
             hook.remove()
         _forget_zero(self.module)
