@@ -310,6 +310,11 @@ class DataConfig(PartConfig):
     """Put samples of like length into the same global batch, for less padding of what is not
     packed. Depends on data, seed and global batch size only."""
 
+    longest_first: bool = True
+    """Begin epoch 0 with the longest samples of the epoch, one global batch of them: a run that would
+    run out of memory does so at its first step. They change places with those that stood there; a
+    stream, and data whose samples have no lengths, cannot be looked through and stay as they are."""
+
     max_tokens_per_batch: HumanInt | None = Field(default=None, ge=1)
     """Cut each rank's share of a global batch into micro-batches of at most so many tokens, padding
     included, in place of `micro_batch_size` rows."""
@@ -420,6 +425,7 @@ class DataConfig(PartConfig):
         for key, stated, hint in (
             ("train_eval_split", self.train_eval_split[1] > 0, "name eval_sources"),
             ("group_by_length", self.group_by_length, "set max_tokens_per_batch"),
+            ("longest_first", self.longest_first and self.given("longest_first"), "leave it out"),
             ("repeat_to_pack_max_length", self.repeat_to_pack_max_length, "leave it out"),
             ("mix_until", self.given("mix_until"), "leave it out: a stream has no epochs"),
             ("drop_last", self.drop_last, "leave it out: a stream has no epochs"),

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 _ROUNDS = 8
 _BLOCK = 4096
+_PIECE = 1 << 16
 _GOLDEN = 0x9E3779B97F4A7C15
 _64 = (1 << 64) - 1
 
@@ -134,6 +135,14 @@ def _ordered(start: int, stop: int, *, size: int, key: int) -> NDArray[np.int64]
     return found
 
 
+def _whole(stop: int, *, size: int, key: int) -> NDArray[np.int64]:
+    """Places 0 to `stop` of a permutation, in pieces: `permute` takes some ten times what it returns."""
+    pieces = range(0, stop, _PIECE)
+    return np.concatenate(
+        [permute(np.arange(at, min(at + _PIECE, stop)), size=size, key=key) for at in pieces]
+    )
+
+
 @dataclass(frozen=True)
 class GlobalBatch:
     """The samples of one optimizer step, over all ranks.
@@ -222,6 +231,12 @@ class BatchPlan:
         order = _ordered(start, stop, size=self.size, key=key_of(self.seed, epoch))
         return GlobalBatch(position, epoch, order)
 
+    def order(self, epoch: int) -> NDArray[np.int64]:
+        """Samples of an epoch, in their order; int64, (samples_per_epoch,)."""
+        if not self.shuffle:
+            return np.arange(self.samples_per_epoch, dtype=np.int64)
+        return _whole(self.samples_per_epoch, size=self.size, key=key_of(self.seed, epoch))
+
 
 @dataclass(frozen=True)
 class MixedPlan:
@@ -267,6 +282,18 @@ class MixedPlan:
         epoch, start = divmod(position, total)
         stop = min(start + self.global_batch_size, total)
         slots = _ordered(start, stop, size=total, key=key_of(self.seed, epoch))
+        return GlobalBatch(position, epoch, self._drawn(slots, epoch))
+
+    def order(self, epoch: int) -> NDArray[np.int64]:
+        """Samples of an epoch, in their order; int64, (samples_per_epoch,)."""
+        total = self.samples_per_epoch
+        slots = _whole(total, size=total, key=key_of(self.seed, epoch))
+        return np.concatenate(
+            [self._drawn(slots[at : at + _PIECE], epoch) for at in range(0, total, _PIECE)]
+        )
+
+    def _drawn(self, slots: NDArray[np.int64], epoch: int) -> NDArray[np.int64]:
+        """The sample of each draw of an epoch."""
         borders = np.cumsum((0, *self.draws))
         source = np.searchsorted(borders, slots, side="right") - 1
         walked = epoch * np.asarray(self.draws)[source] + slots - borders[source]
@@ -277,7 +304,7 @@ class MixedPlan:
             samples[here] += permute_each(
                 places[here], passes[here], size=self.sizes[one], seed=self.seed, source=1 + one
             )
-        return GlobalBatch(position, epoch, samples)
+        return samples
 
 
 @dataclass(frozen=True)
@@ -329,6 +356,11 @@ class GroupedPlan:
             raise IndexError(f"no global batch of {self.global_batch_size} begins at {position}")
         window, place = divmod(number, self.window)
         return GlobalBatch(position, epoch, self._window(epoch, window)[place])
+
+    def order(self, epoch: int) -> NDArray[np.int64]:
+        """Samples of an epoch, in their order; int64, (samples_per_epoch,)."""
+        windows = range(-(-self.batches_per_epoch // self.window))
+        return np.concatenate([b for w in windows for b in self._regrouped(epoch, w)])
 
     def _window(self, epoch: int, window: int) -> list[NDArray[np.int64]]:
         if self._last[0] != (epoch, window):

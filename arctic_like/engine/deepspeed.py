@@ -20,6 +20,7 @@ from arctic_like.engine.held import held
 from arctic_like.engine.host import HostGroup
 from arctic_like.engine.idle_parameters import settle
 from arctic_like.engine.layout import Layout, layout_of, shape_of, training_device
+from arctic_like.engine.reserve import reserved_states
 from arctic_like.engine.snapshot import Capture, CapturedFile
 from arctic_like.errors import CheckpointError, RunError
 from arctic_like.world import World
@@ -73,6 +74,7 @@ class Engine:
         self.resized: set[str] = set()
         """Weights whose shape was changed in training; checkpoints say so."""
         self._norm: Tensor | float = 0.0
+        self._reserved: list[Tensor] | None = None
         self.applied = True
         """Whether the last `step` changed the weights; False after an overflow."""
         if optimizer is None:
@@ -150,6 +152,12 @@ class Engine:
         """L2 norm of the last step's full gradient: unscaled, before clipping. May lie on the device."""
         return self._norm
 
+    def reserve_states(self) -> None:
+        """Before the first forward, once: take the memory that optimizer states will need (`reserve`);
+        `step` gives it back."""
+        if self._reserved is None and self.base_optimizer is not None:
+            self._reserved = reserved_states(self.base_optimizer, list(self.layout.flats))
+
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Add the gradient of `loss`, already scaled to its share of the step; reduce on the `last`.
 
@@ -169,6 +177,7 @@ class Engine:
         """Clip and update once; return whether the weights changed (see `applied`)."""
         self._expect_optimizer()
         self.gradients_are = "absent"
+        self._reserved = []
         scale = self._unfused_scale()
         if self._clips_itself:
             self._norm = self._clip()

@@ -117,6 +117,7 @@ def _models(stack: ExitStack) -> None:
     from torch import nn
     from transformers.utils import import_utils
 
+    from arctic_like.engine import deepspeed as engine
     from arctic_like.model import compiled, heads, loading
     from arctic_like.model.adapters import fingerprint
     from arctic_like.trainer import reference
@@ -127,6 +128,8 @@ def _models(stack: ExitStack) -> None:
     stack.enter_context(patch.object(torch.Tensor, "numpy", _numpy))
     stack.enter_context(patch.object(loading, "from_config", _from_config))
     stack.enter_context(patch.object(loading, "from_pretrained", _from_pretrained))
+    # a second step has the states themselves
+    stack.enter_context(patch.object(engine, "reserved_states", lambda *_: []))
     stack.enter_context(patch.object(compiled, "compile_blocks", lambda *_, **__: None))
     stack.enter_context(patch.object(heads, "find_head", _find_head))
     found = {"digest": "", "weights": {}}

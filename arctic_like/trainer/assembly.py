@@ -149,7 +149,7 @@ def assemble(trainer: Trainer, session: Session) -> Equipment:
     with notice.part("data"):
         data = ready.data if ready else prepare_data(config, info, tokenizer, session)
     check_measured(config, sets=len(data.evaluation))
-    plan, loader = loader_of(config, info, data)
+    plan, loader = loader_of(config, info, data, resumed)
     if resumed:
         check_samples(resumed, samples=plan.size, allow=config.allow_changes)
         check_batch_size(resumed, plan)
@@ -250,10 +250,14 @@ def batch_sizes(config: Any, world: World, resumed: dict[str, Any] | None) -> di
     }
 
 
-def loader_of(config: Any, info: RunInfo, data: PreparedData) -> tuple[Plan, Loader]:
-    """The order of the samples, and this rank's way through it."""
+def loader_of(
+    config: Any, info: RunInfo, data: PreparedData, resumed: Mapping[str, Any] | None = None
+) -> tuple[Plan, Loader]:
+    """The order of the samples, and this rank's way through it. resumed: the `run.json` that the run goes
+    on from: what came first stays, also at another global batch size."""
     from arctic_like.data.balance import division_of
     from arctic_like.data.loader import Loader
+    from arctic_like.data.longest_first import longest_first
     from arctic_like.data.order import BatchPlan
 
     # a test-only run goes through no training set, but its loader and plan are looked at
@@ -264,6 +268,9 @@ def loader_of(config: Any, info: RunInfo, data: PreparedData) -> tuple[Plan, Loa
         size=len(train), global_batch_size=size,
         seed=info.seed if seed is None else seed, drop_last=bool(getattr(config.data, "drop_last", False)),
     )  # fmt: skip
+    count = resumed.get("longest_first", 0) if resumed else size
+    if getattr(config.data, "longest_first", False):
+        plan = longest_first(plan, train, count=count)
     loader = Loader(
         train, data.collate, plan, division_of(config.data, info.micro_batch_size),
         rank=info.world.data_rank, size=info.world.data_size,

@@ -178,6 +178,7 @@ class Trainer(Part, Moments, Surface, family="trainer"):
         from loguru import logger
 
         from arctic_like.trainer.assembly import assemble
+        from arctic_like.trainer.trial import try_before_resuming
 
         self.session = session
         self.equipment = assemble(self, session)
@@ -187,6 +188,7 @@ class Trainer(Part, Moments, Surface, family="trainer"):
         self.configure()
         saved = None
         if session.resume is not None:
+            try_before_resuming(self, session.resume)
             saved = self.equipment.saver.load(self, session.resume)
         with self.preserve_random_state():  # what consoles and trackers import draws from it
             self.equipment.recorder.start(saved=saved["metrics"] if saved else None)
@@ -303,6 +305,7 @@ class Trainer(Part, Moments, Surface, family="trainer"):
         one = self.learner(learner)
         compute = loss or self._training_step
         self.updating = learner
+        one.engine.reserve_states()
         with self._others_frozen(learner):
             while True:
                 losses = []

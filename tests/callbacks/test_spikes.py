@@ -44,6 +44,7 @@ def spiking(data: Path, bad: list[int], **changes: Any) -> dict[str, Any]:
         "bad_positions": bad,
         "gradient_accumulation_steps": 2,
         "data__pack_samples": False,
+        "data__longest_first": False,
         "train_iters": 8,
         "model__config": {**recipe(data)["model"]["config"], "attention_dropout": 0.2},
         "checkpoint": [

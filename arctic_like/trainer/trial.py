@@ -1,0 +1,110 @@
+"""A step that leaves no trace, on the most demanding samples: does it fit, and how long does it take?
+
+A run begins with its longest samples (`data/longest_first.py`), so that what does not fit fails at its first
+step. One that goes on from a checkpoint on other ranks or in other micro-batches is past that step: it
+tries it again, before the checkpoint is loaded over whatever the trial changed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from arctic_like.data.longest_first import LongestFirst
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from arctic_like.data.loader import StepBatch
+    from arctic_like.trainer.base import Trainer
+
+ROUNDS = 2
+"""Micro-batches that say all about memory: the second is computed while gradients of the first are there."""
+
+
+def try_before_resuming(trainer: Trainer, checkpoint: Path) -> None:
+    """Do the run's first step again where the checkpoint is of another number of ranks or another
+    micro-batch size; weights, states and generators are then those of a trial, until it is loaded.
+    Collective. Raises what a step raises."""
+    from loguru import logger
+
+    from arctic_like.trainer.saver import saved_state
+
+    plan = trainer.equipment.plan
+    changed = _divided_otherwise(trainer, saved_state(checkpoint))
+    if not changed or not isinstance(plan, LongestFirst):
+        return
+    logger.info(f"{changed}: the longest samples are tried before the checkpoint is loaded")
+    trial_step(trainer, plan.at(0).samples)
+
+
+def _divided_otherwise(trainer: Trainer, saved: Mapping[str, Any]) -> str:
+    world, info = trainer.world, trainer.equipment.info
+    if saved["world_size"] != world.size:
+        return f"{world.size} ranks instead of {saved['world_size']}"
+    before = saved.get("micro_batch_size", info.micro_batch_size)
+    if before != info.micro_batch_size:
+        return f"micro-batches of {info.micro_batch_size} instead of {before}"
+    return ""
+
+
+def trial_step(trainer: Trainer, samples: NDArray[Any]) -> float:
+    """One optimizer step over the most demanding micro-batches of some samples, without a line, a
+    callback or a count; returns how many seconds it took. Changes weights and states: load or build
+    them anew afterwards. Collective."""
+    import torch
+
+    on_cuda = trainer.device.startswith("cuda")
+    batch = _demanding(trainer, samples)
+    with _silent(trainer), trainer.preserve_random_state():
+        micro_batches = trainer._weigh(batch)
+        if trainer.progress.stopped:
+            return 0.0
+        trainer.batch = batch
+        start = time.perf_counter()
+        trainer.step(micro_batches)
+        if on_cuda:
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - start
+    trainer.batch = None
+    if on_cuda:
+        torch.cuda.reset_peak_memory_stats()
+    return seconds
+
+
+def _demanding(trainer: Trainer, samples: NDArray[Any]) -> StepBatch:
+    """This rank's first micro-batches of a global batch, which are its largest."""
+    from arctic_like.data.loader import MicroBatch, StepBatch, divided
+    from arctic_like.data.order import GlobalBatch
+
+    loader = trainer.equipment.loader
+    share, stand_in = divided(
+        samples, loader.samples, loader.collate, loader.division,
+        rank=loader.rank, size=loader.size,
+    )  # fmt: skip
+    micro_batches = []
+    for rows in share[:ROUNDS]:
+        read = rows or [stand_in]
+        data = loader.collate([loader.samples[row] for row in read])
+        micro_batches.append(MicroBatch(data, read, idle=not rows))
+    return StepBatch(GlobalBatch(0, 0, samples), micro_batches)
+
+
+@contextlib.contextmanager
+def _silent(trainer: Trainer) -> Iterator[None]:
+    """Nothing that a run shows, keeps or counts learns of what is done inside."""
+    from arctic_like.callbacks.base import CallbackList
+    from arctic_like.metrics.ledger import Ledger
+
+    equipment = trainer.equipment
+    own = equipment.callbacks, equipment.step_ledger, equipment.epoch_ledger
+    sums = [Ledger(device=trainer.device, host=trainer.session.host) for _ in range(2)]
+    equipment.callbacks = CallbackList([], is_main=trainer.world.is_main)
+    equipment.step_ledger, equipment.epoch_ledger = sums
+    try:
+        yield
+    finally:
+        equipment.callbacks, equipment.step_ledger, equipment.epoch_ledger = own

@@ -1,0 +1,128 @@
+"""What is tried before a run goes on otherwise divided leaves no trace; what is tried is the longest."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from arctic_like import load_recipe
+from arctic_like.api import execute
+from arctic_like.checkpoint.reading import read_weights
+from arctic_like.stop import StopRequest
+from arctic_like.trainer import trial
+from tests.integration.tools import (
+    lines,
+    recipe,
+    train_lines,
+    without_clocks,
+    write_conversations,
+    write_recipe,
+)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_conversations(tmp_path_factory.mktemp("trial") / "data.jsonl", count=40)
+
+
+def go(path: Path, run: Path, *overrides: str, resume: str = "") -> None:
+    execute(load_recipe(path, overrides), output_dir=run, resume=resume, stop=StopRequest())
+
+
+def derived(data: Path, **changes: Any) -> dict[str, Any]:
+    """The tiny recipe, its accumulation derived."""
+    made = recipe(data, **changes)
+    del made["gradient_accumulation_steps"]
+    return made
+
+
+def cut(folder: Path, data: Path, **changes: Any) -> Path:
+    """A run of eight samples a step, in an epoch of five steps with dropout, that ended after two."""
+    path = write_recipe(
+        folder / "recipe.yaml",
+        derived(
+            data, data__pack_samples=False, micro_batch_size=1, global_batch_size=8, train_iters=6,
+            model__config={**recipe(data)["model"]["config"], "attention_dropout": 0.2},
+            checkpoint=[{"type": "deepspeed", "save_every_n_steps": 2}], **changes,
+        ),
+    )  # fmt: skip
+    go(path, folder / "run", "exit_iteration=2")
+    return path
+
+
+BF16 = {"model__dtype": "bf16"}
+OFFLOAD = {"deepspeed__zero_optimization__offload_optimizer": {"device": "cpu"}}
+LORA = {"model__peft_config": {"peft_type": "LORA", "r": 4, "target_modules": "all-linear"}}
+
+
+@pytest.mark.parametrize(
+    ("stage", "changes"),
+    [
+        (0, {}), (2, BF16),
+        *(pytest.param(*case, marks=pytest.mark.full)
+          for case in [(1, {}), (2, {}), (3, {}), (0, BF16), (1, BF16), (3, BF16), (2, OFFLOAD), (3, LORA)]),
+    ],
+)  # fmt: skip
+def test_a_resume_that_tries_first_is_one_that_does_not(
+    tmp_path: Path, data: Path, stage: int, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two rows at once instead of one: to the bit, lines and weights."""
+    path = cut(tmp_path, data, deepspeed__zero_optimization__stage=stage, **changes)
+    shutil.copytree(tmp_path / "run", tmp_path / "other")
+    step, tried = trial.trial_step, []
+
+    def watched(trainer: Any, samples: Any) -> float:
+        tried.append([len(trainer.equipment.loader.samples[int(i)]["input_ids"]) for i in samples])
+        return step(trainer, samples)
+
+    monkeypatch.setattr(trial, "trial_step", watched)
+    go(path, tmp_path / "run", "micro_batch_size=2", resume="latest")
+    monkeypatch.setattr(trial, "trial_step", lambda *_: 0.0)
+    go(path, tmp_path / "other", "micro_batch_size=2", resume="latest")
+    assert len(tried) == 1
+    assert len(tried[0]) == 8
+    assert tried[0] == sorted(tried[0], reverse=True)
+    assert without_clocks(tmp_path / "run") == without_clocks(tmp_path / "other")
+    assert [line["step"] for line in train_lines(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
+    one, other = (read_weights(tmp_path / name / "checkpoints/step-6") for name in ("run", "other"))
+    for name, value in one.items():
+        assert torch.equal(value, other[name]), name
+
+
+def test_a_resume_that_is_divided_as_before_tries_nothing(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = cut(tmp_path, data)
+    monkeypatch.setattr(trial, "trial_step", lambda *_: pytest.fail("tried"))
+    go(path, tmp_path / "run", resume="latest")
+    assert len(lines(tmp_path / "run")) >= 6
+
+
+def test_the_first_step_has_the_longest_samples(tmp_path: Path, data: Path) -> None:
+    """By the tokens of a run's own lines: no step of the first epoch trains longer rows."""
+    seen: list[list[int]] = []
+
+    def watch(trainer: Any) -> None:
+        step = trainer.step
+
+        def watched(micro_batches: Any) -> None:
+            read = trainer.equipment.loader.samples
+            seen.append(sorted((len(read[i]["input_ids"]) for m in micro_batches for i in m.samples),
+                               reverse=True))  # fmt: skip
+            step(micro_batches)
+
+        trainer.step = watched
+
+    path = write_recipe(
+        tmp_path / "recipe.yaml",
+        derived(data, data__pack_samples=False, global_batch_size=8, train_iters=5),
+    )
+    execute(load_recipe(path), output_dir=tmp_path / "run", resume="", stop=StopRequest(),
+            inspect=watch)  # fmt: skip
+    everything = sorted((length for step in seen for length in step), reverse=True)
+    assert len(everything) == 40
+    assert seen[0] == everything[:8]
