@@ -107,8 +107,10 @@ class LongestFirst:
 
 def longest_first(plan: Plan, samples: SampleSet, *, count: int) -> Plan:
     """The plan, with the `count` longest samples first where it shuffles a set whose lengths are known."""
+    if not count or not isinstance(plan, ShuffledPlan):  # a stream refuses to be asked for lengths
+        return plan
     lengths, weights = getattr(samples, "lengths", None), getattr(samples, "weights", None)
-    if not count or lengths is None or weights is None or not isinstance(plan, ShuffledPlan):
+    if lengths is None or weights is None:
         return plan
     return LongestFirst(plan, lengths, weights, count)
 

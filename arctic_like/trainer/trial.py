@@ -39,6 +39,10 @@ def try_before_resuming(trainer: Trainer, checkpoint: Path) -> None:
         return
     logger.info(f"{changed}: the longest samples are tried before the checkpoint is loaded")
     trial_step(trainer, plan.at(0).samples)
+    if trainer.device.startswith("cuda"):
+        import torch
+
+        torch.cuda.reset_peak_memory_stats()
 
 
 def _divided_otherwise(trainer: Trainer, saved: Mapping[str, Any]) -> str:
@@ -70,8 +74,6 @@ def trial_step(trainer: Trainer, samples: NDArray[Any]) -> float:
             torch.cuda.synchronize()
         seconds = time.perf_counter() - start
     trainer.batch = None
-    if on_cuda:
-        torch.cuda.reset_peak_memory_stats()
     return seconds
 
 
