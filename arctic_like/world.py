@@ -25,28 +25,40 @@ class World:
     device: str = "cpu"
     """Torch device string of this process: "cpu" or "cuda:0"."""
     sequence_parallel_size: int = 1
-    """How many consecutive ranks share the same rows; divides `size`."""
+    """How many ranks of a group share the tokens of its rows."""
+    tensor_parallel_size: int = 1
+    """How many consecutive ranks share the model's layers."""
+
+    @property
+    def group_size(self) -> int:
+        """How many consecutive ranks work on the same rows; divides `size`."""
+        return self.sequence_parallel_size * self.tensor_parallel_size
 
     @property
     def sequence_rank(self) -> int:
         """Which part of its group's rows this rank has."""
-        return self.rank % self.sequence_parallel_size
+        return self.rank // self.tensor_parallel_size % self.sequence_parallel_size
+
+    @property
+    def noise_rank(self) -> int:
+        """The same number on ranks that must draw the same: those that share layers of the same tokens."""
+        return self.rank // self.tensor_parallel_size
 
     @property
     def data_rank(self) -> int:
         """The number of this rank's group: which micro-batches it has."""
-        return self.rank // self.sequence_parallel_size
+        return self.rank // self.group_size
 
     @property
     def data_size(self) -> int:
         """How many groups there are, each with rows of its own."""
-        return self.size // self.sequence_parallel_size
+        return self.size // self.group_size
 
     @property
     def counts(self) -> bool:
         """True on the first rank of a group. All ranks of one have the same loss of the same rows; where
         numbers of all ranks are added up, this one speaks for them."""
-        return self.sequence_rank == 0
+        return self.rank % self.group_size == 0
 
     @property
     def is_main(self) -> bool:
@@ -55,7 +67,7 @@ class World:
 
     @cached_property
     def mesh(self) -> DeviceMesh:
-        """All ranks as a torch DeviceMesh of one dimension, "dp": they are all data-parallel.
+        """All ranks as a torch DeviceMesh of one dimension, "dp", as if all were data-parallel.
 
         Made on first use, which is collective. The process groups are open by then.
         """

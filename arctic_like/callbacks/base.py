@@ -100,6 +100,10 @@ class Callback(Part, family="callback"):
     needs_whole_rows: bool = False
     """It reads or changes the tokens of a batch in the model: refused where ranks share rows."""
 
+    needs_whole_layers: bool = False
+    """It calls the model on one rank by itself, or needs its weights whole: refused where ranks share
+    layers."""
+
     def state_dict(self) -> dict[str, Any]:
         """What a resume needs: plain types and tensors only."""
         return {}

@@ -56,6 +56,7 @@ class EMA(Callback):
 
     name = "ema"
     config_type = EMAConfig
+    needs_whole_layers = True
     config: EMAConfig
 
     def __init__(self, config: EMAConfig) -> None:

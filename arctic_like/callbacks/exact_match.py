@@ -70,6 +70,7 @@ class ExactMatch(Callback):
 
     name = "exact_match"
     config_type: ClassVar[type[CallbackConfig]] = ExactMatchConfig
+    needs_whole_layers = True
     config: ExactMatchConfig
 
     def __init__(self, config: ExactMatchConfig) -> None:

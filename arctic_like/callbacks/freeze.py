@@ -108,13 +108,13 @@ class Freeze(Callback):
             return
         import torch
 
-        from arctic_like.engine.layout import shape_of
+        from arctic_like.engine.divided import whole_shape
 
         engine = trainer.learner(self.config.learner).engine
         parameters = engine.trained()
         for name in self._names:
             if name in parameters:
-                zeros = torch.zeros(shape_of(parameters[name]), device=engine.device)
+                zeros = torch.zeros(whole_shape(parameters[name]), device=engine.device)
                 engine.set_gradients({name: zeros})
 
     def on_optimizer_step_start(self, trainer: Trainer) -> None:

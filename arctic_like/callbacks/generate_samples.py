@@ -83,6 +83,7 @@ class GenerateSamples(Callback):
 
     name = "generate_samples"
     config_type = GenerateSamplesConfig
+    needs_whole_layers = True
     config: GenerateSamplesConfig
 
     def __init__(self, config: GenerateSamplesConfig) -> None:

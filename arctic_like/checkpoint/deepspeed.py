@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -168,7 +168,7 @@ class DeepSpeedCheckpoint(CheckpointEngine):
         host.raise_together(_error_of(lambda: verify(directory, names[world.rank :: world.size])))
         saved = json.loads((directory / RUN_STATE).read_text())
         for name, engine in engines.items():
-            if needs_conversion(saved, world_size=world.size, zero_stage=engine.zero_stage):
+            if needs_conversion(saved, world=world, zero_stage=engine.zero_stage):
                 _load_converted(directory, name, engine, world=world, host=host)
             else:
                 engine.load(directory, tag=tag_of(name))
@@ -197,10 +197,16 @@ def tag_of(learner: str) -> str:
     return ENGINE if learner == "model" else f"{ENGINE}-{learner}"
 
 
-def needs_conversion(run_state: dict[str, Any], *, world_size: int, zero_stage: int) -> bool:
+def needs_conversion(run_state: dict[str, Any], *, world: World, zero_stage: int) -> bool:
     """Whether a saved state loads here only through the universal form (stage 0 is whole anyway)."""
-    same = run_state["world_size"] == world_size and run_state["zero_stage"] == zero_stage
+    same = same_ranks(run_state, world) and run_state["zero_stage"] == zero_stage
     return zero_stage > 0 and not same
+
+
+def same_ranks(run_state: Mapping[str, Any], world: World) -> bool:
+    """Whether as many ranks as here saved it, and shared layers as they do here."""
+    layers = run_state.get("tensor_parallel_size", 1)
+    return bool(run_state["world_size"] == world.size and layers == world.tensor_parallel_size)
 
 
 def _load_converted(
@@ -213,7 +219,12 @@ def _load_converted(
     if world.is_main:
         shutil.rmtree(workplace, ignore_errors=True)
         workplace.mkdir(parents=True)
-        error = _error_of(lambda: to_universal(directory / tag_of(name), workplace / tag_of(name)))
+        error = _error_of(
+            lambda: to_universal(
+                directory / tag_of(name), workplace / tag_of(name),
+                for_parts=world.tensor_parallel_size > 1,
+            )
+        )  # fmt: skip
     host.raise_together(error)
     engine.load(workplace, tag=tag_of(name))
     host.barrier()

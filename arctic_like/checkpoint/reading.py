@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import re
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -66,19 +68,49 @@ def read_weights(checkpoint: Path, *, tag: str = ENGINE) -> dict[str, Tensor]:
     """All weights of a `deepspeed` checkpoint on the CPU: as trained, or in fp32 from ZeRO-3.
 
     At ZeRO 0 to 2 one file has them whole; the shards of ZeRO-3 are put together from the fp32
-    master weights, of which the trained ones are the rounding. Raises CheckpointError.
+    master weights, of which the trained ones are the rounding. Where ranks shared layers, the same is done
+    for each of the parts, and they are joined. Raises CheckpointError.
     """
     import torch
 
-    whole = checkpoint / tag / "mp_rank_00_model_states.pt"
+    folder = checkpoint / tag
     try:
-        if whole.is_file():
-            content = torch.load(whole, map_location="cpu", weights_only=True)
-            return dict(content["module"])
-        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
-        # It prints its progress.
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            return dict(get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), tag=tag))
+        parts = [_part(folder, rank) for rank in range(_parts_in(folder))]
+        found = parts[0]
+        for name, dim in _divided(folder).items():
+            found[name] = torch.cat([part[name] for part in parts], dim)
+        return found
     except Exception as error:  # torch and deepspeed raise whatever their formats make them
         raise CheckpointError(f"the weights in {checkpoint} cannot be read: {error}") from error
+
+
+def _parts_in(folder: Path) -> int:
+    """Among how many ranks layers were divided."""
+    names = (re.search(r"mp_rank_(\d+)_model_states", path.name) for path in folder.iterdir())
+    return max((int(match[1]) for match in names if match), default=0) + 1
+
+
+def _divided(folder: Path) -> dict[str, int]:
+    """Name → dimension of the weights of which files hold parts."""
+    path = folder / "shapes.json"
+    return dict(json.loads(path.read_text()).get("divided", {})) if path.is_file() else {}
+
+
+def _part(folder: Path, rank: int) -> dict[str, Tensor]:
+    """The weights that one of the ranks had which shared layers."""
+    import torch
+
+    suffix = f"mp_rank_{rank:02d}_"
+    whole = folder / f"{suffix}model_states.pt"
+    if whole.is_file():
+        return dict(torch.load(whole, map_location="cpu", weights_only=True)["module"])
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    # DeepSpeed's function takes all files for one model's, and prints its progress.
+    with tempfile.TemporaryDirectory() as links:
+        here = Path(links) / folder.name
+        here.mkdir()
+        for path in folder.glob(f"*{suffix}*.pt"):
+            (here / path.name.replace(suffix, "mp_rank_00_")).symlink_to(path.resolve())
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            return dict(get_fp32_state_dict_from_zero_checkpoint(links, tag=folder.name))

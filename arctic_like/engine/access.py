@@ -10,6 +10,7 @@ import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from arctic_like.engine.divided import division_of, joined, part_of, whole_shape
 from arctic_like.engine.layout import assemble, shape_of
 from arctic_like.errors import RunError
 
@@ -26,9 +27,11 @@ def full_parameters(
     """Inside, the named parameters (all of them for None) are whole on every rank. Collective.
 
     modify: what rank 0 changes in them in place holds for all ranks and for the master weights, which
-    keep their precision where nothing changed. Without it nothing may be changed.
+    keep their precision where nothing changed. Without it nothing may be changed. Raises RunError for
+    weights that are divided among ranks that share layers.
     """
     found = named(engine, names)
+    _expect_undivided(found)
     with _gathered(engine, list(found.values()), modify=modify):
         yield found
         if modify and engine.zero_stage < 3:
@@ -48,7 +51,7 @@ def named_full_parameters(
     """
     for name, parameter in named(engine, names).items():
         with _gathered(engine, [parameter], modify=False):
-            yield name, parameter.detach()
+            yield name, joined(parameter, parameter.detach())
 
 
 def master_weights(engine: Engine) -> Iterator[tuple[str, Tensor]]:
@@ -61,11 +64,12 @@ def whole(engine: Engine, parameter: nn.Parameter, values: Sequence[Tensor]) -> 
     """The parameter's values, whole and float32, from tensors that lie like `partitions`. Collective."""
     layout = engine.layout
     where = layout.fragments.get(parameter)
-    return assemble(
+    own = assemble(
         layout.piece(parameter, values), start=where.start if where else 0,
         shape=shape_of(parameter), group=engine.engine.seq_data_parallel_group,
         sharded=layout.sharded,
     )  # fmt: skip
+    return joined(parameter, own)
 
 
 def fill(engine: Engine, parameter: nn.Parameter, values: Sequence[Tensor], full: Tensor) -> None:
@@ -73,7 +77,8 @@ def fill(engine: Engine, parameter: nn.Parameter, values: Sequence[Tensor], full
     where = engine.layout.fragments.get(parameter)
     piece = engine.layout.piece(parameter, values)
     if where is not None and piece is not None:
-        piece.copy_(full.reshape(-1).narrow(0, where.start, where.count))
+        own = part_of(parameter, full)
+        piece.copy_(own.reshape(-1).narrow(0, where.start, where.count))
 
 
 @contextlib.contextmanager
@@ -87,9 +92,9 @@ def swap_weights(engine: Engine, values: Mapping[str, Tensor]) -> Iterator[None]
     for name, value in values.items():
         if name not in places:
             raise RunError(f"there is no weight {name!r} to replace\n    see Engine.shapes()")
-        if tuple(value.shape) != shape_of(places[name]):  # type: ignore[arg-type]
+        if tuple(value.shape) != whole_shape(places[name]):  # type: ignore[arg-type]
             raise RunError(
-                f"{name} has the shape {shape_of(places[name])}, "  # type: ignore[arg-type]
+                f"{name} has the shape {whole_shape(places[name])}, "  # type: ignore[arg-type]
                 f"what shall replace it {tuple(value.shape)}"
             )
     with _swapped(
@@ -134,6 +139,16 @@ def named(engine: Engine, names: Sequence[str] | None) -> dict[str, nn.Parameter
     return {name: known[name] for name in names}
 
 
+def _expect_undivided(parameters: Mapping[str, nn.Parameter]) -> None:
+    for name, parameter in parameters.items():
+        if division_of(parameter) is not None:
+            raise RunError(
+                f"{name} is divided among ranks that share layers "
+                "(deepspeed.tensor_parallel.autotp_size), and cannot be changed in place\n"
+                "    read it with named_full_parameters or master_weights, or name others"
+            )
+
+
 def release(engine: Any, zero_stage: int) -> None:
     """Take whole weights that ZeRO-3 keeps from one forward to the next back to the ranks' shares.
 
@@ -166,11 +181,12 @@ def _share(place: Any, value: Tensor) -> Tensor:
     """What this rank holds of a whole tensor: its padded share at stage 3, else all of it."""
     import torch
 
+    own = part_of(place, value.detach())
     if not hasattr(place, "ds_tensor"):
-        return value.detach()
+        return own
     size = place.ds_tensor.numel()
     start = place.ds_zero_partition_rank * size
-    flat = value.detach().reshape(-1)[start : start + size]
+    flat = own.reshape(-1)[start : start + size]
     return torch.nn.functional.pad(flat, (0, size - flat.numel()))
 
 

@@ -15,11 +15,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from arctic_like.engine import access, frozen_base, gradients, surgery, traces
+from arctic_like.engine import access, divided, frozen_base, gradients, surgery, traces
 from arctic_like.engine.held import held
 from arctic_like.engine.host import HostGroup
 from arctic_like.engine.idle_parameters import settle
-from arctic_like.engine.layout import Layout, layout_of, shape_of, training_device
+from arctic_like.engine.layout import Layout, layout_of, training_device
 from arctic_like.engine.reserve import reserved_states
 from arctic_like.engine.snapshot import Capture, CapturedFile
 from arctic_like.errors import CheckpointError, RunError
@@ -92,11 +92,14 @@ class Engine:
             parameter.requires_grad_(True)
         if self.zero_stage == 3:
             traces.forget_with_the_trace()
+        divides = divided.before_opening(self._config)
         with _no_update(self.base_optimizer), _no_memory_reports():
             self.engine, *_ = deepspeed.initialize(
                 model=self.module, optimizer=self.base_optimizer,
                 config=copy.deepcopy(self._config), dist_init_required=False,
             )  # fmt: skip
+        if divides:
+            divided.opened(self.engine)
         self.forget_layout()
 
     @cached_property
@@ -200,7 +203,7 @@ class Engine:
         import torch
 
         trained = [p for p in self.module.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
+        norm = divided.total_norm(trained)
         if self._max_norm > 0:
             torch.nn.utils.clip_grads_with_norm_(trained, self._max_norm, norm)
         return norm
@@ -235,7 +238,7 @@ class Engine:
 
     def shapes(self) -> dict[str, list[int]]:
         """Name → whole shape of every parameter and of every buffer that checkpoints hold."""
-        found = {name: list(shape_of(p)) for name, p in self.module.named_parameters()}
+        found = {name: list(divided.whole_shape(p)) for name, p in self.module.named_parameters()}
         for name, buffer in self.module.named_buffers():
             path, _, leaf = name.rpartition(".")
             if leaf not in self.module.get_submodule(path)._non_persistent_buffers_set:
@@ -306,7 +309,7 @@ class Engine:
             )  # fmt: skip
         if self.host.world.is_main:
             facts = {"shapes": self.shapes(), "resized": sorted(self.resized)}
-            facts |= frozen_base.facts(self)
+            facts |= frozen_base.facts(self) | divided.facts(self.module)
             (folder / tag / SHAPES).write_text(json.dumps(facts))
         return files
 
@@ -324,13 +327,16 @@ class Engine:
             self.engine.checkpoint_engine = writer
 
     def _universal_facts(self) -> dict[str, Any]:
-        # What `ds_to_universal` needs to know of the model; empty: nothing is pipelined or padded.
+        # What `ds_to_universal` needs to know of the model; empty: nothing is pipelined or padded. Where
+        # layers are divided, AutoTP says which, and it must not be overwritten.
         from deepspeed.checkpoint.constants import (
             UNIVERSAL_CHECKPOINT_INFO,
             UNIVERSAL_CHECKPOINT_VERSION_KEY,
             UNIVERSAL_CHECKPOINT_VERSION_VALUE,
         )
 
+        if hasattr(self.module, UNIVERSAL_CHECKPOINT_INFO):
+            return {}
         return {
             UNIVERSAL_CHECKPOINT_INFO: {
                 UNIVERSAL_CHECKPOINT_VERSION_KEY: UNIVERSAL_CHECKPOINT_VERSION_VALUE
@@ -400,6 +406,7 @@ class Engine:
         if engine is None or engine is self.module:
             return
         access.release(engine, self.zero_stage)
+        divided.closed(engine)
         engine.destroy()
         if self.zero_stage == 3:
             traces.forget()
@@ -468,10 +475,12 @@ def _forget_zero(module: nn.Module) -> None:
     stack[:] = [entry for entry in stack if entry is not module]
 
 
-def to_universal(source: Path, target: Path) -> None:
+def to_universal(source: Path, target: Path, *, for_parts: bool = False) -> None:
     """Convert DeepSpeed's sharded files in `source` to its universal form in `target` (one process).
 
     The universal form loads at any number of ranks. Raises CheckpointError with DeepSpeed's reason.
+    for_parts: an engine will load it whose layers are divided. At stage 3 DeepSpeed (0.19.8) takes a rank's
+    part only of what lies in a map, and writes tensors by themselves.
     """
     import io
     from types import SimpleNamespace
@@ -491,9 +500,20 @@ def to_universal(source: Path, target: Path) -> None:
     try:
         with contextlib.redirect_stdout(chatter), contextlib.redirect_stderr(chatter):
             ds_to_universal.main(arguments)
+        if for_parts:
+            _into_maps(target / "zero")
         if (source / SHAPES).exists():
             (target / SHAPES).write_text((source / SHAPES).read_text())
     except Exception as error:
         raise CheckpointError(
             f"the checkpoint {source} could not be converted to another number of ranks: {error}"
         ) from error
+
+
+def _into_maps(folder: Path) -> None:
+    import torch
+    from deepspeed.checkpoint.constants import PARAM
+
+    for path in folder.glob("*/*.pt"):
+        if torch.is_tensor(content := torch.load(path, weights_only=True)) and content.ndim:
+            torch.save({PARAM: content}, path)

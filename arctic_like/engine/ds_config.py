@@ -36,6 +36,7 @@ from arctic_like.engine.ds_section import (
     normal,
     offload_device,
     offloads_parameters,
+    tensor_parallel_size,
     uses_offload,
     zero_stage,
 )
@@ -139,8 +140,10 @@ def _filled(
     config = copy.deepcopy(given)
     config["train_micro_batch_size_per_gpu"] = facts.micro_batch_size
     config["gradient_accumulation_steps"] = facts.gradient_accumulation_steps
-    # DeepSpeed checks it against the number of all ranks, and uses it for nothing here
-    config["train_batch_size"] = (facts.global_batch_size or 1) * sequence_parallel_size
+    # DeepSpeed checks it against the number of all ranks, and uses it for nothing here. Where ranks share
+    # layers it checks twice, the second time against fewer.
+    if tensor_parallel_size(given) == 1:
+        config["train_batch_size"] = (facts.global_batch_size or 1) * sequence_parallel_size
     config.setdefault("gradient_clipping", DEFAULT_CLIPPING)
     config.setdefault("zero_allow_untested_optimizer", True)
     config.setdefault("zero_force_ds_cpu_optimizer", False)

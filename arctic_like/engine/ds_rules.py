@@ -11,7 +11,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from arctic_like.engine.ds_keys import check_deepspeed
-from arctic_like.engine.ds_section import canonical_dtype, normal, offload_device, zero_stage
+from arctic_like.engine.ds_section import (
+    TENSOR_PARALLEL,
+    canonical_dtype,
+    normal,
+    offload_device,
+    tensor_parallel_size,
+    zero_stage,
+)
 from arctic_like.errors import Problem
 
 NOT_HERE = {
@@ -64,6 +71,7 @@ def deepspeed_problems(section: Mapping[str, Any], *, facts: Facts) -> list[Prob
         *_batch_contradictions(given, facts),
         *_dtype_contradictions(given, facts),
         *_impossible_offload(given),
+        *division_problems(given, dtype=facts.dtype),
         *_impossible(given, facts),
     ]
 
@@ -84,14 +92,54 @@ def _foreign(given: Mapping[str, Any]) -> Iterator[Problem]:
             place=_place("checkpoint", "load_universal"),
             hint="Remove it: a checkpoint of another world size is converted when it is loaded.",
         )
-    for key, size in (("tensor_parallel", "autotp_size"), ("expert_parallel", "autoep_size")):
-        if int((given.get(key) or {}).get(size, 0)) > 1:
+    experts = int((given.get("expert_parallel") or {}).get("autoep_size", 0))
+    if experts > 1:
+        yield Problem(
+            f"is {experts}; expert parallelism is not supported yet",
+            place=_place("expert_parallel", "autoep_size"),
+            hint="Remove it and use ZeRO stage 3 to share a large model among ranks, "
+            "sequence_parallel_size to share long rows.",
+        )
+
+
+def division_problems(section: Mapping[str, Any], *, dtype: str | None) -> Iterator[Problem]:
+    """What of DeepSpeed's own cannot be combined with layers that ranks share (`autotp_size`).
+
+    section: with known keys; dtype: `model.dtype`.
+    """
+    given, size = normal(section), tensor_parallel_size(section)
+    for key in sorted((given.get("tensor_parallel") or {}).keys() - {"autotp_size"}):
+        yield Problem(
+            "does not belong here",
+            place=_place("tensor_parallel", key),
+            hint="State autotp_size alone: which weights are divided follows from the model.",
+        )
+    if size == 1:
+        return
+    way_out = f"Remove it, or {TENSOR_PARALLEL}."
+    zero = given.get("zero_optimization") or {}
+    if zero_stage(given) == 0 and dtype not in (None, "fp32"):
+        yield Problem(
+            f"is 0 in {dtype}, where DeepSpeed takes the norm of each rank's own part of the "
+            f"weights, but {TENSOR_PARALLEL} is {size}",
+            place=_place("zero_optimization", "stage"),
+            hint="Use stage 1, 2 or 3.",
+        )
+    for key in _UNDIVIDED:
+        value = zero.get(key)
+        if value and not (key.startswith("offload") and offload_device(given, key) == "none"):
             yield Problem(
-                f"is {given[key][size]}; model parallelism is not supported yet",
-                place=_place(key, size),
-                hint="Remove it and use ZeRO stage 3 to share a large model among ranks, "
-                "sequence_parallel_size to share long rows.",
+                f"cannot be combined with {TENSOR_PARALLEL} ({size})",
+                place=_place("zero_optimization", key),
+                hint=way_out,
             )
+
+
+_UNDIVIDED = (
+    "offload_optimizer", "offload_param", "zero_hpz_partition_size", "mics_shard_size", "zenflow",
+    "zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients",
+)  # fmt: skip
+"""Keys of ZeRO that were not tried with layers that ranks share, or make groups of ranks themselves."""
 
 
 def _batch_contradictions(given: Mapping[str, Any], facts: Facts) -> Iterator[Problem]:

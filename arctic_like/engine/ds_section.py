@@ -13,6 +13,8 @@ from arctic_like.engine.ds_keys import AUTO, KEYS, Kind, as_number
 
 DEFAULT_STAGE = 2
 """The ZeRO stage where the recipe states none; why, see `ds_config`."""
+TENSOR_PARALLEL = "deepspeed.tensor_parallel.autotp_size"
+"""Where a recipe says that ranks share layers."""
 
 
 def normal(section: Mapping[str, Any]) -> dict[str, Any]:
@@ -57,6 +59,12 @@ def zero_stage(config: Mapping[str, Any]) -> int:
     """The ZeRO stage of a section or of a finished dictionary."""
     stage = (config.get("zero_optimization") or {}).get("stage", DEFAULT_STAGE)
     return DEFAULT_STAGE if stage == "auto" else int(stage)
+
+
+def tensor_parallel_size(section: Mapping[str, Any] | None) -> int:
+    """Among how many ranks DeepSpeed divides layers: `tensor_parallel.autotp_size`, 1 where it is off."""
+    stated = ((section or {}).get("tensor_parallel") or {}).get("autotp_size") or 0
+    return max(1, int(as_number(stated) or 1) if isinstance(stated, str) else int(stated))
 
 
 def uses_offload(config: Mapping[str, Any]) -> bool:

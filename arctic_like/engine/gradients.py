@@ -11,6 +11,7 @@ import difflib
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
+from arctic_like.engine.divided import joined, part_of, whole_shape
 from arctic_like.engine.layout import assemble, loss_scale, shape_of
 from arctic_like.errors import RunError
 
@@ -35,7 +36,7 @@ def each_gradient(engine: Engine) -> Iterator[tuple[str, Tensor]]:
             layout.gradient(parameter), start=start, shape=shape_of(parameter), group=group,
             sharded=layout.sharded_gradients,
         )  # fmt: skip
-        yield name, gradient.div_(scale)
+        yield name, joined(parameter, gradient.div_(scale))
 
 
 def set_gradients(engine: Engine, values: Mapping[str, Tensor]) -> None:
@@ -49,8 +50,9 @@ def set_gradients(engine: Engine, values: Mapping[str, Tensor]) -> None:
     _expect_gradients(engine, "set")
     scale = loss_scale(engine.engine)
     for name, parameter in checked(engine, values, what="gradient").items():
-        whole = values[name].detach().to(engine.device, torch.float32).reshape(-1)
-        engine.layout.set_gradient(parameter, whole * scale if scale != 1.0 else whole)
+        whole = values[name].detach().to(engine.device, torch.float32)
+        own = part_of(parameter, whole).reshape(-1)
+        engine.layout.set_gradient(parameter, own * scale if scale != 1.0 else own)
 
 
 def checked(engine: Engine, values: Mapping[str, Tensor], *, what: str) -> dict[str, nn.Parameter]:
@@ -61,10 +63,10 @@ def checked(engine: Engine, values: Mapping[str, Tensor], *, what: str) -> dict[
             close = difflib.get_close_matches(name, trained, n=1, cutoff=0.3)
             hint = f"did you mean {close[0]}?" if close else "see Engine.trained()"
             raise RunError(f"there is no trained parameter {name!r} to give a {what}\n    {hint}")
-        if tuple(value.shape) != shape_of(trained[name]):
+        if tuple(value.shape) != whole_shape(trained[name]):
             raise RunError(
                 f"the {what} of {name} has the shape {tuple(value.shape)}, "
-                f"but the parameter has {shape_of(trained[name])}\n    give one value per element"
+                f"but the parameter has {whole_shape(trained[name])}\n    give one value per element"
             )
     return {name: trained[name] for name in values}
 

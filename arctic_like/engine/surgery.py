@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from arctic_like.engine import access, gradients
+from arctic_like.engine.divided import is_divided
 from arctic_like.engine.layout import shape_of
 from arctic_like.errors import RunError
 
@@ -75,6 +76,7 @@ def resize(engine: Engine, rows: Mapping[str, Rows]) -> None:
     error: RunError | None = None
     changes: dict[str, _Change] = {}
     try:
+        _expect_whole(engine)
         changes = {name: _check(engine, name, change) for name, change in rows.items()}
         _check_moment(engine)
     except RunError as problem:
@@ -98,6 +100,8 @@ def match_shapes(engine: Engine, shapes: Mapping[str, Sequence[int]]) -> list[st
             f"other weights than this model's: {', '.join(only)}, … are on one side only"
         )
     different = {name: tuple(shape) for name, shape in shapes.items() if list(shape) != own[name]}
+    if different:
+        _expect_whole(engine)
     parameters = access.named(engine, None)
     buffers = dict(engine.module.named_buffers())
     changes = {}
@@ -124,6 +128,14 @@ def _fit(old: Sequence[int], shape: Sequence[int]) -> _Change:
         torch.arange(min(old[0], shape[0])),
         torch.zeros(more, *shape[1:]) if more > 0 else None,
     )
+
+
+def _expect_whole(engine: Engine) -> None:
+    if is_divided(engine.module):
+        raise RunError(
+            "weights cannot change their shapes while ranks share layers "
+            "(deepspeed.tensor_parallel.autotp_size)\n    change them before, or train without it"
+        )
 
 
 def _check(engine: Engine, name: str, rows: Rows) -> _Change:

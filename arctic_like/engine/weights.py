@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -36,10 +37,9 @@ def named_weights(module: nn.Module) -> dict[str, nn.Parameter]:
 
 def weight_bytes(module: nn.Module) -> int:
     """Bytes of all weights, each once, whole."""
-    return sum(
-        int(getattr(p, "ds_numel", p.numel())) * p.element_size()
-        for p in named_weights(module).values()
-    )
+    from arctic_like.engine.divided import whole_shape
+
+    return sum(math.prod(whole_shape(p)) * p.element_size() for p in named_weights(module).values())
 
 
 def _persistent_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -50,12 +50,16 @@ def _persistent_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _whole(parameter: Any, *, keep: bool) -> Tensor | None:
+    from arctic_like.engine.divided import joined
+
     if not hasattr(parameter, "ds_id"):
-        return parameter.detach().cpu().clone() if keep else None
+        whole = joined(parameter, parameter.detach())
+        return whole.cpu().clone() if keep else None
     import deepspeed
 
     with deepspeed.zero.GatheredParameters([parameter]):
-        return parameter.detach().cpu().clone() if keep else None
+        whole = joined(parameter, parameter.detach())
+        return whole.cpu().clone() if keep else None
 
 
 def _is_main() -> bool:

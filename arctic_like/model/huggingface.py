@@ -195,7 +195,8 @@ class HFModelFactory(ModelFactory):
         an adapter everything but the adapter is frozen."""
         from arctic_like.model.hf_config import set_generation
 
-        zero = ds_config if zero_stage == 3 else None
+        # Where ranks share layers, each begins with all weights, and keeps its part.
+        zero = ds_config if zero_stage == 3 and world.tensor_parallel_size == 1 else None
         config = self.create_config(tokenizer)
         base = self.create_model(config, seed=seed, world=world, zero=zero)
         set_generation(base, tokenizer)

@@ -43,8 +43,10 @@ COUNTLESS = frozenset({"Lion"})
 """Classes of pytorch_optimizer whose update does not depend on the count in their groups."""
 
 
-def check_optimizer(optimizer: Optimizer, *, zero_stage: int) -> None:
-    """Raise RecipeError, at `optimizer.type`, for an optimizer that this stage would run wrongly."""
+def check_optimizer(optimizer: Optimizer, *, zero_stage: int, divided: bool = False) -> None:
+    """Raise RecipeError, at `optimizer.type`, for an optimizer that this stage would run wrongly.
+
+    divided: whether a rank has parts of weights (tensor parallelism)."""
     import torch
 
     kind = type(optimizer)
@@ -70,6 +72,9 @@ def check_optimizer(optimizer: Optimizer, *, zero_stage: int) -> None:
             f"{zero_stage} gives it flat pieces"
         )
         hint = "set deepspeed.zero_optimization.stage to 0, or take another optimizer"
+    elif divided and _is_shaped(kind):
+        reason = "looks at the shape or the norm of whole parameters, of which a rank has parts"
+        hint = "remove deepspeed.tensor_parallel, or take another optimizer"
     elif zero_stage == 3 and _counts_in_groups(optimizer):
         reason = (
             "counts its steps in its groups, but ZeRO stage 3 calls it once for each group: "

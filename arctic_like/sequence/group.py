@@ -28,7 +28,8 @@ class SequenceGroup:
 
     @classmethod
     def of(cls, world: World, *, timeout: timedelta | None = None) -> SequenceGroup:
-        """This rank's group: `sequence_parallel_size` consecutive ranks. Collective over all ranks.
+        """This rank's group: `sequence_parallel_size` ranks, consecutive but for those that share layers.
+        Collective over all ranks.
 
         timeout: how long a rank waits for another; torch's own unless given."""
         size = world.sequence_parallel_size
@@ -36,10 +37,14 @@ class SequenceGroup:
             return cls()
         import torch.distributed as dist
 
-        mine = None
-        for first in range(0, world.size, size):  # every rank opens every group, in one order
-            opened = dist.new_group(list(range(first, first + size)), timeout=timeout)
-            mine = opened if first == world.rank - world.sequence_rank else mine
+        mine, step = None, world.tensor_parallel_size
+        firsts = (
+            base + place for base in range(0, world.size, size * step) for place in range(step)
+        )
+        for first in firsts:  # every rank opens every group, in one order
+            ranks = list(range(first, first + size * step, step))
+            opened = dist.new_group(ranks, timeout=timeout)
+            mine = opened if world.rank in ranks else mine
         return cls(world.sequence_rank, size, mine)
 
     def part(self, tensor: Tensor, dim: int = 1) -> Tensor:

@@ -23,7 +23,12 @@ from arctic_like.registry import build
 from arctic_like.run_info import RunInfo, supply
 from arctic_like.sequence import SequenceGroup
 from arctic_like.trainer.config import resolve_batch
-from arctic_like.trainer.continuity import check_batch_size, check_continuity, check_samples
+from arctic_like.trainer.continuity import (
+    check_batch_size,
+    check_continuity,
+    check_division,
+    check_samples,
+)
 from arctic_like.trainer.learner import Learner
 from arctic_like.trainer.measured import check_measured
 from arctic_like.trainer.memory import spare_memory
@@ -31,6 +36,7 @@ from arctic_like.trainer.preparation import build_data, build_tokenizer
 from arctic_like.trainer.sequence import prove_sharing, share_rows
 from arctic_like.trainer.startup import StartUp
 from arctic_like.trainer.surface import MAIN
+from arctic_like.trainer.tensor_parallel import divide_layers
 from arctic_like.trainer.transplant import transplant
 from arctic_like.world import World
 
@@ -132,6 +138,7 @@ def assemble(trainer: Trainer, session: Session) -> Equipment:
     resumed = saved_state(session.resume) if session.resume else None
     if resumed:
         _say_changes(config, session, resumed)
+        check_division(resumed, tensor_parallel_size=world.tensor_parallel_size)
     callbacks = CallbackList(
         [build(c, "callback") for c in callback_configs(config)], is_main=world.is_main
     )
@@ -236,7 +243,7 @@ def batch_sizes(config: Any, world: World, resumed: dict[str, Any] | None) -> di
     if (
         resumed
         and not stated
-        and resumed["world_size"] // resumed.get("sequence_parallel_size", 1) != world.data_size
+        and _groups(resumed) != world.data_size
         and saved != batch.global_batch_size
     ):
         batch = resolve_batch(
@@ -248,6 +255,12 @@ def batch_sizes(config: Any, world: World, resumed: dict[str, Any] | None) -> di
         "gradient_accumulation_steps": batch.gradient_accumulation_steps,
         "global_batch_size": batch.global_batch_size,
     }
+
+
+def _groups(saved: Mapping[str, Any]) -> int:
+    """How many groups of ranks had rows of their own when a checkpoint was saved."""
+    shared = saved.get("sequence_parallel_size", 1) * saved.get("tensor_parallel_size", 1)
+    return int(saved["world_size"]) // int(shared)
 
 
 def loader_of(
@@ -327,9 +340,7 @@ def _deepspeed_dictionary(
     )  # fmt: skip
     for sentence in inexact(dictionary):
         logger.warning(f"deepspeed.{sentence}" if not sentence.startswith("ZeRO") else sentence)
-    if resumed and needs_conversion(
-        resumed, world_size=info.world.size, zero_stage=_stage(dictionary)
-    ):
+    if resumed and needs_conversion(resumed, world=info.world, zero_stage=_stage(dictionary)):
         dictionary["checkpoint"] = {**dictionary.get("checkpoint", {}), "load_universal": True}
     return dictionary
 
@@ -351,6 +362,7 @@ def _learner(
 
     from arctic_like.engine.deepspeed import Engine
     from arctic_like.engine.ds_config import uses_offload
+    from arctic_like.engine.ds_section import tensor_parallel_size
     from arctic_like.engine.modes import OptimizerModes
     from arctic_like.optimizer.groups import GROUP
     from arctic_like.optimizer.limits import check_optimizer, untested
@@ -366,6 +378,7 @@ def _learner(
             zero_stage=_stage(ds_config),
         )  # fmt: skip
         share_rows(module, sequence)
+        divide_layers(module, ds_config, frozen=_is_frozen(part))
     begin = (
         getattr(part.model, "weights_from", None) if resumed is None or _is_frozen(part) else None
     )
@@ -379,7 +392,9 @@ def _learner(
         optimizer = supply(
             optimizer_part.build, info, model=module, offload=uses_offload(ds_config)
         )
-        check_optimizer(optimizer, zero_stage=_stage(ds_config))
+        check_optimizer(
+            optimizer, zero_stage=_stage(ds_config), divided=tensor_parallel_size(ds_config) > 1
+        )
         if sentence := untested(optimizer, zero_stage=_stage(ds_config)):
             logger.warning(sentence)
     with notice.part(f"{prefix}engine"):
@@ -442,7 +457,7 @@ def _start_generators(config: Any, world: World) -> None:
         import torch
 
         torch.use_deterministic_algorithms(True)
-    seed_everything(config.seed, rank=world.rank)
+    seed_everything(config.seed, rank=world.noise_rank)
 
 
 class _Notices:

@@ -90,6 +90,10 @@ class Trainer(Part, Moments, Surface, family="trainer"):
     """Whether ranks may share rows (`sequence_parallel_size`): every rank of a group then gives the loss of
     the whole rows. A class that overrides what computes it says so anew (`trainer/sequence.py`)."""
 
+    divides_models: ClassVar[bool] = False
+    """Whether ranks may share layers (`deepspeed.tensor_parallel.autotp_size`): every rank of a group has the
+    same rows and gives the same loss."""
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         check_factory_types(cls)

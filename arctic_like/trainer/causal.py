@@ -37,6 +37,7 @@ class CausalTrainer(Trainer):
     data_factory_type: ClassVar[Any] = ("causal", "sft")
     weight_unit: ClassVar[str] = "tokens"
     shares_sequences: ClassVar[bool] = True
+    divides_models: ClassVar[bool] = True
 
     def loss(self, batch: dict[str, Tensor]) -> Tensor | Loss:
         """Mean over `weight(batch)` trained labels of -log p(next token); where the batch says which

@@ -367,6 +367,18 @@ class TrainerConfig(PartConfig):
         return self
 
     @model_validator(mode="after")
+    def _shares_layers(self, info: ValidationInfo) -> TrainerConfig:
+        from arctic_like.engine.ds_section import tensor_parallel_size
+
+        if tensor_parallel_size(self.deepspeed) > 1:
+            from arctic_like.trainer.tensor_parallel import dividing_problems
+
+            trainer = ((info.context or {}).get("owners") or (None,))[0]
+            for problem in dividing_problems(self, trainer):
+                raise wrong(problem.message, place=problem.place, hint=problem.hint)
+        return self
+
+    @model_validator(mode="after")
     def _measured(self) -> TrainerConfig:
         from arctic_like.trainer.measured import metric_schedules
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from arctic_like.engine.ds_section import TENSOR_PARALLEL
 from arctic_like.errors import Problem, RecipeError
 
 if TYPE_CHECKING:
@@ -86,6 +87,22 @@ def check_continuity(
     if problems and not allow:
         raise RecipeError(problems)
     return [str(change) for change in found]
+
+
+def check_division(saved: Mapping[str, Any], *, tensor_parallel_size: int) -> None:
+    """Raise RecipeError if a checkpoint of ZeRO 0 has other parts of layers than a rank holds here. From
+    stage 1 on it is converted."""
+    before = saved.get("tensor_parallel_size", 1)
+    if saved["zero_stage"] == 0 and before != tensor_parallel_size:
+        raise RecipeError(
+            Problem(
+                f"was {before} when the checkpoint was saved and is {tensor_parallel_size} now, "
+                "and at ZeRO 0 ranks keep their own parts of layers",
+                place=TENSOR_PARALLEL,
+                hint=f"set it to {before}, or start a new run from the checkpoint's weights "
+                "(arctic-train export)",
+            )
+        )
 
 
 def check_samples(saved: Mapping[str, Any], *, samples: int, allow: bool) -> None:

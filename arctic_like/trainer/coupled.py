@@ -168,7 +168,7 @@ class CoupledTrainer(Trainer):
         found = [torch.empty_like(room) for _ in counts]
         dist.all_gather(found, room)
         parts = [part[:count] for part, count in zip(found, counts, strict=True)]
-        return parts[:: self.world.sequence_parallel_size]
+        return parts[:: self.world.group_size]
 
     def _loss_of_set(self, seen: Sequence[Seen]) -> dict[str, float]:
         """The loss over what all ranks have seen of an evaluation set; nothing of none. Collective."""

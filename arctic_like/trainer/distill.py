@@ -127,6 +127,7 @@ class DistillTrainer(CausalTrainer):
     """
 
     name = "distill"
+    divides_models: ClassVar[bool] = False
     config_type: ClassVar[type[TrainerConfig]] = DistillConfig
     data_factory_type: ClassVar[Any] = ("sft", "causal")
     _table: TeacherTable | None = None

@@ -37,6 +37,7 @@ class ProcessRewardTrainer(CausalTrainer):
     al. 2022 (arXiv:2211.14275), Lightman et al. 2023 (arXiv:2305.20050)."""
 
     name = "process_reward"
+    divides_models: ClassVar[bool] = False
     config_type: ClassVar[type[TrainerConfig]] = ProcessRewardConfig
     data_factory_type: ClassVar[Any] = ("stepwise",)
     model_factory_type: ClassVar[Any] = ("token_scoring",)

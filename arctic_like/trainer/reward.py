@@ -66,6 +66,7 @@ class RewardTrainer(CausalTrainer):
     in Zhu, Jiao and Jordan 2023 (arXiv:2301.11270), section 4."""
 
     name = "reward"
+    divides_models: ClassVar[bool] = False
     config_type: ClassVar[type[TrainerConfig]] = RewardConfig
     data_factory_type: ClassVar[Any] = ("dpo", "ranking")
     model_factory_type: ClassVar[Any] = ("scoring",)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -151,6 +152,7 @@ class Saver:
             "progress": trainer.progress.as_dict(),
             "world_size": session.world.size,
             "sequence_parallel_size": session.world.sequence_parallel_size,
+            "tensor_parallel_size": session.world.tensor_parallel_size,
             "zero_stage": trainer.zero_stage,
             "micro_batch_size": self._info.micro_batch_size,
             "global_batch_size": self._info.global_batch_size,
@@ -208,6 +210,7 @@ class Saver:
 
     def read(self, trainer: Trainer, engine: Any, directory: Path) -> dict[str, Any]:
         """`load` with one engine."""
+        from arctic_like.checkpoint.deepspeed import same_ranks
         from arctic_like.engine.random_state import set_random_state
 
         self.settle(trainer)
@@ -218,7 +221,7 @@ class Saver:
         states = supply(
             engine.load, self._info, directory=directory, engines=engines, host=self._session.host
         )
-        same = saved["world_size"] == world.size
+        same = same_ranks(saved, world)
         mine = states[world.rank] if same else states[0]
         for name, learner in trained(trainer).items():
             learner.scheduler.load_state_dict(mine["schedulers"][name])
@@ -283,6 +286,7 @@ def saved_state(directory: Path) -> dict[str, Any]:
 
 def _state_bytes(trainer: Trainer) -> int:
     """About what a checkpoint of all ranks takes: weights, and master weights and two moments in fp32."""
+    from arctic_like.engine.divided import whole_shape
     from arctic_like.engine.frozen_base import is_rebuilt
 
     total = 0
@@ -291,6 +295,6 @@ def _state_bytes(trainer: Trainer) -> int:
         for parameter in learner.engine.module.parameters():
             if rebuilt and not parameter.requires_grad:
                 continue
-            count = int(getattr(parameter, "ds_numel", parameter.numel()))
+            count = math.prod(whole_shape(parameter))
             total += count * (parameter.element_size() + (12 if parameter.requires_grad else 0))
     return total

@@ -35,6 +35,10 @@ def listing(folder: Path) -> list[str]:
         ({"data__sources": ["./torn.jsonl"]}, ["torn.jsonl:2"]),
         ({"model__config": {**MODEL, "vocab_size": 100}}, ["vocab_size", "100"]),
         ({"sequence_parallel_size": 2}, ["sequence_parallel_size", "1 rank"]),
+        (
+            {"deepspeed__tensor_parallel": {"autotp_size": 2}},
+            ["tensor_parallel.autotp_size", "1 rank"],
+        ),
         ({"expert_parallel_size": 2}, ["expert_parallel_size"]),
         ({"type": "dpo", "data__type": "dpo"}, ["data.jsonl:1", "`chosen`"]),
     ],
