@@ -17,7 +17,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from arctic_like.errors import ArcticError, CheckpointError, NonFiniteError, Problem, RecipeError
+from arctic_like.errors import (
+    ArcticError,
+    CheckpointError,
+    NonFiniteError,
+    OutOfMemoryError,
+    Problem,
+    RecipeError,
+)
 from arctic_like.registry import build
 from arctic_like.world import World
 
@@ -310,6 +317,7 @@ def _run_trainer(
     from arctic_like.sequence import SequenceGroup
     from arctic_like.trainer.assembly import Session
     from arctic_like.trainer.closing import show_end
+    from arctic_like.trainer.failures import is_out_of_memory, out_of_memory, outside
     from arctic_like.trainer.result_file import leave_failure, leave_result, remove_result
 
     devices = host.gather(_device_name(world))
@@ -345,10 +353,39 @@ def _run_trainer(
             show_end(trainer, result)
         return result  # type: ignore[no-any-return]
     except BaseException as error:
+        told = out_of_memory(trainer, error, outside(trainer)) if is_out_of_memory(error) else error
         with contextlib.suppress(Exception):
-            leave_failure(trainer, error)
-        trainer.teardown(1, error)
+            leave_failure(trainer, told)
+        trainer.teardown(1, told)
+        if isinstance(told, OutOfMemoryError):
+            raise _with_a_plan(told, directory, world) from None
         raise
+
+
+def _with_a_plan(
+    error: OutOfMemoryError, directory: RunDirectory, world: World
+) -> OutOfMemoryError:
+    """The error with what the recipe takes and what would make it fit. Takes up to two minutes."""
+    from loguru import logger
+
+    from arctic_like.planning.failure import (
+        LIMIT,
+        is_first_to_plan,
+        plan_for_failure,
+        wait_for_the_planner,
+    )
+
+    if not is_first_to_plan():
+        wait_for_the_planner()
+        return error
+    logger.warning(f"out of memory: planning what the recipe takes, for up to {LIMIT:.0f} s")
+    memory: float | None = None
+    if world.device != "cpu":
+        import torch
+
+        memory = float(torch.cuda.get_device_properties(world.device).total_memory)
+    page = plan_for_failure(directory.path, ranks=world.size, memory=memory)
+    return OutOfMemoryError(f"{error}\n\n{page}")
 
 
 def recipe_from_environment() -> tuple[Recipe, Path, str]:

@@ -4,6 +4,7 @@
     ├── RecipeError             exit code 2: the recipe or the command is wrong (one or many problems)
     └── RunError                exit code 1
         ├── NonFiniteError      a loss or gradient became NaN or infinite
+        ├── OutOfMemoryError    the device has no memory left
         ├── CheckpointError     a checkpoint cannot be read, written or used
         └── RelayedError        another rank failed; that rank tells the user
 
@@ -68,6 +69,10 @@ class NonFiniteError(RunError):
     def __init__(self, message: str, *, step: int = 0) -> None:
         self.step = step
         super().__init__(message)
+
+
+class OutOfMemoryError(RunError):
+    """The device had no memory for what was asked. The message says where, and what the recipe takes."""
 
 
 class CheckpointError(RunError):

@@ -24,14 +24,15 @@ if TYPE_CHECKING:
 @click.argument("recipe")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]…")
 @click.option("--gpus", type=click.IntRange(min=1), help="Ranks, one for each GPU.")
+@click.option("--ranks", type=click.IntRange(min=1), help="Ranks on the CPU.")
 @click.option("--gpu-memory", help="Memory of one, such as 80GiB.")
 @click.option("--device", help="A GPU by its name, such as h100.")
 @click.option("--no-data", is_flag=True, help="Prepare nothing: every sample as long as can be.")
 @click.option("--suggest", is_flag=True, help="Print the recipe that fits.")
 @click.option("--json", "as_json", is_flag=True, help="Print numbers for programs.")
 def command(
-    recipe: str, overrides: tuple[str, ...], *, gpus: int | None, gpu_memory: str | None,
-    device: str | None, no_data: bool, suggest: bool, as_json: bool,
+    recipe: str, overrides: tuple[str, ...], *, gpus: int | None, ranks: int | None,
+    gpu_memory: str | None, device: str | None, no_data: bool, suggest: bool, as_json: bool,
 ) -> int:  # fmt: skip
     """Say what a recipe takes: memory by kind, steps, tokens, time.
 
@@ -40,7 +41,7 @@ def command(
     from arctic_like.cli import preparation
     from arctic_like.planning.page import page
 
-    machine = _machine(gpus, gpu_memory, device)
+    machine = _machine(gpus, ranks, gpu_memory, device)
     loaded = preparation.load(recipe, list(overrides))
     prepared = _prepared(loaded, machine, no_data=no_data)
 
@@ -52,29 +53,43 @@ def command(
             return make_plan(changed, prepared, machine, knows_data=not no_data)
 
     plan = plan_of(())
-    advice: tuple[Change, Plan] | None = None
-    if not plan.fits:
+
+    def advise() -> tuple[Change, Plan] | None:
         from arctic_like.planning.advice import cheapest
 
-        advice = cheapest(loaded.config, machine, plan_of)
+        return cheapest(loaded.config, machine, plan_of)
+
+    if not as_json and not suggest:
+        for line in page(recipe, plan, advise):
+            click.echo(line)
+        return 0 if plan.fits else WRONG
+    advice = None if plan.fits else advise()
     if as_json:
         click.echo(json.dumps(_numbers(plan, advice), indent=2))
     elif suggest and (plan.fits or advice):
         words = advice[0].overrides if advice else ()
         click.echo(preparation.load(recipe, [*overrides, *words]).dump(), nl=False)
     else:
-        click.echo("\n".join(page(recipe, plan, advice)))
+        click.echo("\n".join(page(recipe, plan, lambda: advice)))
     return 0 if plan.fits or (suggest and advice) else WRONG
 
 
-def _machine(gpus: int | None, gpu_memory: str | None, device: str | None) -> Machine:
+def _machine(
+    gpus: int | None, ranks: int | None, gpu_memory: str | None, device: str | None
+) -> Machine:
     from arctic_like.planning.devices import device_of
     from arctic_like.planning.plan import Machine
 
     named = device_of(device) if device else None
     on_gpu = bool(named or gpu_memory or gpus)
+    if ranks and on_gpu:
+        raise RecipeError(
+            Problem(
+                "is for ranks on the CPU", "--ranks", "say --gpus for ranks that have a GPU each"
+            )
+        )
     memory = _bytes(gpu_memory) if gpu_memory else named.memory if named else None
-    return Machine(gpus or 1, on_gpu, named, memory)
+    return Machine(gpus or ranks or 1, on_gpu, named, memory)
 
 
 def _bytes(text: str) -> float:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from arctic_like.engine.ds_config import offload_device, zero_stage
-from arctic_like.errors import RecipeError
+from arctic_like.errors import RecipeError, RunError
 from arctic_like.planning.plan import Machine, Plan
 
 CHECKPOINT = "model.activation_checkpointing=full"
@@ -95,10 +95,11 @@ def cheapest(config: Any, machine: Machine, replan: Replan) -> tuple[Change, Pla
 
 
 def _tried(replan: Replan, change: Change) -> Plan | None:
-    """The plan with a change; None where the recipe does not allow it: tiles for a mixture of experts."""
+    """The plan with a change; None where the recipe does not allow it (tiles for a mixture of experts), or
+    where it cannot be rehearsed."""
     try:
         return replan(change.overrides)
-    except RecipeError:
+    except (RecipeError, RunError):
         return None
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from arctic_like.planning.plan import CONTEXT, IN_ORDER, Plan, kinds
@@ -14,8 +14,12 @@ if TYPE_CHECKING:
 WIDTH = 80
 
 
-def page(name: str, plan: Plan, advice: tuple[Change, Plan] | None = None) -> Iterator[str]:
-    """The lines. advice: the cheapest change that makes it fit, with its plan."""
+Advise = Callable[[], "tuple[Change, Plan] | None"]
+
+
+def page(name: str, plan: Plan, advise: Advise) -> Iterator[str]:
+    """The lines. advise: finds the cheapest change that makes it fit, with its plan; asked last, and only
+    where the recipe does not fit: it takes much longer than the plan."""
     course, found, machine = plan.course, plan.rehearsal, plan.machine
     device = machine.device.name if machine.device else "GPU" if machine.on_gpu else "CPU"
     yield f"{name} on {machine.ranks} × {device}"
@@ -40,7 +44,7 @@ def page(name: str, plan: Plan, advice: tuple[Change, Plan] | None = None) -> It
         yield _row("host, of one rank", _gib(found.host.total), host)
     yield ""
     yield from _time(plan)
-    yield from _verdict(plan, advice)
+    yield from _verdict(plan, advise)
 
 
 def _time(plan: Plan) -> Iterator[str]:
@@ -59,7 +63,7 @@ def _time(plan: Plan) -> Iterator[str]:
     yield ""
 
 
-def _verdict(plan: Plan, advice: tuple[Change, Plan] | None) -> Iterator[str]:
+def _verdict(plan: Plan, advise: Advise) -> Iterator[str]:
     if plan.machine.memory is None:
         yield "no memory was named: --device or --gpu-memory says whether it fits"
         return
@@ -70,6 +74,7 @@ def _verdict(plan: Plan, advice: tuple[Change, Plan] | None) -> Iterator[str]:
         return
     yield f"does not fit into {room}: {_gib(needs).strip()}"
     yield f"first without room: {plan.first_that_does_not or IN_ORDER['activations']}"
+    advice = advise()
     if advice is None:
         yield "nothing that leaves the training as it is makes it fit: take more or larger GPUs,"
         yield "an adapter (model.peft_config), or a smaller data.max_length"

@@ -31,6 +31,9 @@ from arctic_like.trainer.evaluation import evaluate_set, takes_index
 from arctic_like.trainer.failures import (
     fail_if_not_finite,
     fail_if_not_finite_so_far,
+    in_evaluation,
+    in_step,
+    memory_errors_told,
     name_samples,
 )
 from arctic_like.trainer.lines import Lines
@@ -281,7 +284,7 @@ class Trainer(Part, Moments, Surface, family="trainer"):
             return
         self.phases.begin("other")
         self.batch = batch
-        with self.around("around_step"):
+        with memory_errors_told(self, in_step), self.around("around_step"):
             self.emit("on_step_start")
             self.step(micro_batches)
         self._after_step(batch)
@@ -353,6 +356,7 @@ class Trainer(Part, Moments, Surface, family="trainer"):
         results: dict[str, float] = {}
         self.evaluation_values = {}
         with (
+            memory_errors_told(self, in_evaluation),
             self.phases.during("evaluation"),
             self._evaluating(),
             self.around("around_evaluate"),
@@ -383,7 +387,11 @@ class Trainer(Part, Moments, Surface, family="trainer"):
             self.equipment.saver.load_weights(self, Path(model_path))
             self.emit("on_weights_loaded", Path(model_path))
         results: dict[str, float] = {}
-        with self._evaluating(), self.around("around_evaluate"):
+        with (
+            memory_errors_told(self, in_evaluation),
+            self._evaluating(),
+            self.around("around_evaluate"),
+        ):
             self.emit("on_test_start")
             own = type(self).test_step is not Trainer.test_step
             step: Callable[..., Any] = self.test_step if own else self.validation_step
