@@ -28,14 +28,16 @@ OF_HEADS = (r".*\.self_attn\.[qk]_norm\.weight$",)
 """Weights that every rank has and applies to its own heads: their gradients are summed."""
 
 
-def division_refusal(config: ModelConfig, size: int) -> tuple[str, str] | None:
+def division_refusal(config: ModelConfig, size: int, *, tokens: int = 1) -> tuple[str, str] | None:
     """Why `size` ranks cannot share the layers of a recipe's model, as (message, key of the model's config);
-    None as far as the recipe, or a local folder's config.json, can tell."""
+    None as far as the recipe, or a local folder's config.json, can tell.
+
+    tokens: how many ranks share rows, and for their attention the heads of a rank once more."""
     for key, what in _NOT_WITH.items():
         if getattr(config, key, None):
             return what, key
     shape = described(config) | (getattr(config, "hf_config_kwargs", None) or {})
-    reason = _reason(shape, size) if shape.get("model_type") else None
+    reason = _reason(shape, size, tokens) if shape.get("model_type") else None
     return (reason, "") if reason else None
 
 
@@ -49,10 +51,10 @@ _NOT_WITH = {
 """Keys of a model's config that do not go with it, and why."""
 
 
-def indivisible(module: nn.Module, size: int) -> str | None:
-    """Why `size` ranks cannot share the layers of a model that is there; None where they can."""
+def indivisible(module: nn.Module, size: int, *, tokens: int = 1) -> str | None:
+    """As `division_refusal`, of a model that is there."""
     config: Any = getattr(module, "config", None)
-    return _reason(config.to_dict() if hasattr(config, "to_dict") else {}, size)
+    return _reason(config.to_dict() if hasattr(config, "to_dict") else {}, size, tokens)
 
 
 def layer_specs(*, frozen: bool = False) -> dict[str, Any]:
@@ -70,7 +72,7 @@ def layer_specs(*, frozen: bool = False) -> dict[str, Any]:
     return {"use_default_specs": False, "layer_specs": specs}
 
 
-def _reason(shape: Mapping[str, Any], size: int) -> str | None:
+def _reason(shape: Mapping[str, Any], size: int, tokens: int) -> str | None:
     """Why a model of this shape cannot be divided."""
     kind = shape.get("model_type")
     if kind not in ARCHITECTURES:
@@ -80,6 +82,12 @@ def _reason(shape: Mapping[str, Any], size: int) -> str | None:
         count = shape.get(key)
         if isinstance(count, int) and count % size:
             return f"has {count} {what}, which {size} ranks cannot share evenly"
+    heads = shape.get("num_attention_heads")
+    if isinstance(heads, int) and heads % (size * tokens):
+        return (
+            f"has {heads} attention heads, which {size} ranks that share layers × {tokens} that share rows "
+            "cannot share evenly"
+        )
     if shape.get("attention_dropout"):
         return "has attention_dropout, which each rank would draw for its own heads"
     return None

@@ -378,7 +378,7 @@ def _learner(
             zero_stage=_stage(ds_config),
         )  # fmt: skip
         share_rows(module, sequence)
-        divide_layers(module, ds_config, frozen=_is_frozen(part))
+        divide_layers(module, ds_config, frozen=_is_frozen(part), tokens=sequence.size)
     begin = (
         getattr(part.model, "weights_from", None) if resumed is None or _is_frozen(part) else None
     )

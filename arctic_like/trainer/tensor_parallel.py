@@ -29,17 +29,13 @@ def dividing_problems(config: Any, trainer: type | None) -> Iterator[Problem]:
         )  # fmt: skip
     yield from division_problems(config.deepspeed, dtype=getattr(config.model, "dtype", None))
     for place, model in _models(config):
-        yield from _model_problems(place, model, size)
+        yield from _model_problems(place, model, size, config.sequence_parallel_size)
     if getattr(config, "reference_model_deepspeed", None) is not None:
         yield Problem(f"is given, but {said}", "reference_model_deepspeed", hint)
     for name, learner in _learners(config):
         if not learner.frozen or learner.deepspeed is not None:
             what = "has settings of its own" if learner.frozen else "is trained beside the model"
             yield Problem(f"{what}, but {said}", name, hint)
-    if config.sequence_parallel_size > 1:
-        yield Problem(
-            f"is {config.sequence_parallel_size}, but {said}", "sequence_parallel_size", hint
-        )
     if config.tiled_mlp_compute:
         yield Problem(f"calls layers in pieces, but {said}", "tiled_mlp_compute", hint)
     if config.exporters:
@@ -54,7 +50,8 @@ def dividing_problems(config: Any, trainer: type | None) -> Iterator[Problem]:
             )
 
 
-def _model_problems(place: str, model: Any, size: int) -> Iterator[Problem]:
+def _model_problems(place: str, model: Any, size: int, tokens: int) -> Iterator[Problem]:
+    """tokens: among how many ranks rows are shared, which share a rank's heads once more."""
     from arctic_like.model.tensor_parallel import division_refusal
 
     said, hint = f"{TENSOR_PARALLEL} is {size}", f"leave it out, or {TENSOR_PARALLEL}"
@@ -63,7 +60,7 @@ def _model_problems(place: str, model: Any, size: int) -> Iterator[Problem]:
             f"is {model.type!r}, whose layers AutoTP does not know, but {said}",
             f"{place}.type", "set it to huggingface",
         )  # fmt: skip
-    elif refusal := division_refusal(model, size):
+    elif refusal := division_refusal(model, size, tokens=tokens):
         message, key = refusal
         yield Problem(f"{message}, but {said}", f"{place}.{key}" if key else place, hint)
 
@@ -91,14 +88,18 @@ def _models(config: Any) -> Iterator[tuple[str, Any]]:
             yield name, value
 
 
-def divide_layers(module: nn.Module, ds_config: dict[str, Any], *, frozen: bool) -> None:
-    """Before the engine: tell DeepSpeed which weights of a model its AutoTP divides. Raises RecipeError."""
+def divide_layers(
+    module: nn.Module, ds_config: dict[str, Any], *, frozen: bool, tokens: int = 1
+) -> None:
+    """Before the engine: tell DeepSpeed which weights of a model its AutoTP divides. Raises RecipeError.
+
+    tokens: among how many ranks rows are shared."""
     size = tensor_parallel_size(ds_config)
     ds_config.pop("tensor_parallel", None)
     if size > 1:
         from arctic_like.model.tensor_parallel import indivisible, layer_specs
 
-        if reason := indivisible(module, size):
+        if reason := indivisible(module, size, tokens=tokens):
             raise RecipeError(
                 Problem(f"is {size}, but it {reason}", TENSOR_PARALLEL, "leave it out")
             )

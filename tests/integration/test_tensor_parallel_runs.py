@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from .test_sequence_runs import STEPS, Runs
-from .tools import MODEL, without_clocks
+from .tools import MODEL, train_lines, without_clocks
 
 QWEN3 = {**MODEL, "model_type": "qwen3", "head_dim": 16, "tie_word_embeddings": True}
 """Norms of heads, whose gradients are sums over ranks; a head that is the embedding."""
@@ -153,6 +153,13 @@ def more_runs(tmp_path_factory: pytest.TempPathFactory) -> Divided:
         runs.pair(name, made, stages=stages)
         for stage in (2, 3) if name in ("llama", "dpo") else ():
             runs.share(f"{name}-four-{stage}", made, stage=stage, ranks=4)
+    made = runs.sft(model__dtype="bf16", train_iters=VARIANT_STEPS)
+    for stage in (2, 3):
+        runs.share(f"bf16-{stage}", made, stage=stage, ranks=2)
+    runs.share("bf16-plain", made, stage=2, ranks=1, size=1)
+    both = {"sequence_parallel_size": 2}
+    runs.share("llama-both-3", runs.sft(**both), stage=3, ranks=4)
+    runs.share("dpo-both-2", runs.dpo(**both), stage=2, ranks=4)
     for stage in (1, 2, 3):
         made = runs.sft(checkpoint=SAVED[:1])
         on = {"output_dir": str(runs.folder / f"moving-{stage}"), "resume": "latest"}
@@ -177,6 +184,25 @@ def test_four_ranks_are_two_groups_that_share_layers(
     more_runs: Divided, kind: str, stage: int
 ) -> None:
     more_runs.same(f"{kind}-four-{stage}", f"{kind}-one")
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("stage", [2, 3])
+def test_in_bf16_to_its_rounding(more_runs: Divided, stage: int) -> None:
+    ours, theirs = (
+        train_lines(more_runs.folder / name) for name in (f"bf16-{stage}", "bf16-plain")
+    )
+    assert len(ours) == len(theirs) == VARIANT_STEPS
+    for line, other in zip(ours, theirs, strict=True):
+        for key in ("loss", "grad_norm"):
+            assert line[key] == pytest.approx(other[key], rel=1e-2), (line["step"], key)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("run", ["llama-both-3", "dpo-both-2"])
+def test_four_ranks_share_layers_and_rows(more_runs: Divided, run: str) -> None:
+    """Two by two: every rank has half of the heads, and half of each row."""
+    more_runs.same(run, f"{run.split('-')[0]}-one")
 
 
 @pytest.mark.full

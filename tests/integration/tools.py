@@ -18,9 +18,8 @@ from arctic_like.trainer.phases import OUTSIDE, STEP
 
 PORTS: list[int] = []
 """Of every launch of `drive`: what shared names of its ranks would hold."""
-CLOCKS = {"step_time", "tokens_per_second", "samples_per_second", "pairs_per_second"} | {
-    f"time/{phase}" for phase in (*STEP, *OUTSIDE)
-}
+RATES = {f"{unit}_per_second" for unit in ("tokens", "samples", "pairs", "answers")}
+CLOCKS = {"step_time"} | RATES | {f"time/{phase}" for phase in (*STEP, *OUTSIDE)}
 WORDS = [
     "ice",
     "snow",

@@ -58,7 +58,9 @@ def refusal(recipe: dict[str, Any]) -> str:
         ({"model": {"config": LLAMA, "weights_from": {"path": "x.safetensors"}}}, ["model.weights_from"]),
         ({"model": {"config": LLAMA, "type": "liger"}}, ["model.type", "'liger'"]),
         ({"model": {"config": LLAMA, "dtype": "bf16"}, "deepspeed": section(0)},
-         ["deepspeed.zero_optimization.stage", "bf16", "stage 1, 2 or 3"]),
+         ["deepspeed.zero_optimization.stage", "bf16", "stage 2 or 3"]),
+        ({"model": {"config": LLAMA, "dtype": "bf16"}, "deepspeed": section(1)},
+         ["deepspeed.zero_optimization.stage", "is 1 in bf16", "too large"]),
         ({"deepspeed": section(3, offload_optimizer={"device": "cpu"})},
          ["deepspeed.zero_optimization.offload_optimizer"]),
         ({"deepspeed": section(3, zero_hpz_partition_size=2)}, ["zero_hpz_partition_size"]),
@@ -66,6 +68,8 @@ def refusal(recipe: dict[str, Any]) -> str:
          ["deepspeed.tensor_parallel.preset_model"]),
         ({"tiled_mlp_compute": True}, ["tiled_mlp_compute"]),
         ({"exporters": [{"type": "safetensors"}]}, ["exporters.0", "huggingface"]),
+        ({"sequence_parallel_size": 4},
+         ["4 attention heads", "2 ranks that share layers × 4 that share rows"]),
         ({"callbacks": [{"type": "early_stopping"}, {"type": "ema"}]}, ["callbacks.1"]),
         ({"type": "dpo", "data": {"type": "dpo", "sources": ["x.jsonl"]}, "deepspeed": section(3),
           "ref_model": {"config": {**LLAMA, "num_attention_heads": 1}}},
@@ -91,6 +95,7 @@ def test_the_same_recipes_are_valid_without_it(base: dict[str, Any]) -> None:
     odd = {**base, "model": {"config": {**LLAMA, "num_key_value_heads": 1}}}
     for size in (0, 1):
         load_recipe({**odd, "deepspeed": section(size=size)})
+    load_recipe({**base, "sequence_parallel_size": 2})
     whole = {**base, "type": "dpo", "data": {"type": "dpo", "sources": ["x.jsonl"]}}
     small = {"config": {**LLAMA, "num_attention_heads": 1}}
     load_recipe({**whole, "ref_model": small})  # at stage 2 it is whole on every rank
