@@ -175,12 +175,13 @@ def refuse_what_cannot_run(recipe: Recipe, *, on_cpu: bool) -> None:
     from arctic_like.engine.ds_rules import Facts, deepspeed_problems
     from arctic_like.recipe import run_time_refusals
     from arctic_like.trainer.memory import memory_problems
+    from arctic_like.trainer.micro_batch import AUTO
 
     config = recipe.config
     problems: list[Problem] = list(run_time_refusals(config))
     facts = Facts(
         dtype=getattr(config.model, "dtype", None),
-        micro_batch_size=config.micro_batch_size,
+        micro_batch_size=None if config.micro_batch_size == AUTO else config.rows,
         on_cpu=on_cpu,
     )
     problems += deepspeed_problems(config.deepspeed, facts=facts)
@@ -318,6 +319,7 @@ def _run_trainer(
     from arctic_like.trainer.assembly import Session
     from arctic_like.trainer.closing import show_end
     from arctic_like.trainer.failures import is_out_of_memory, out_of_memory, outside
+    from arctic_like.trainer.micro_batch import with_rows
     from arctic_like.trainer.result_file import leave_failure, leave_result, remove_result
 
     devices = host.gather(_device_name(world))
@@ -340,6 +342,8 @@ def _run_trainer(
             world_size=world.size, devices=devices,
             resumed_from=str(checkpoint) if checkpoint else None,
         )  # fmt: skip
+    recipe = with_rows(recipe, session)
+    session = replace(session, recipe=recipe)
     trainer: Any = recipe.trainer(recipe.config)
     try:
         trainer.setup(session)

@@ -79,7 +79,7 @@ def prepare(recipe: Recipe, *, level: str) -> Preparation:
     there = inventory.complete(cache.root(getattr(config.data, "cache_dir", None)))
     info = RunInfo(
         output_dir=default_output_dir(recipe), seed=config.seed, world=World(), device="cpu",
-        epochs=config.epochs, micro_batch_size=config.micro_batch_size,
+        epochs=config.epochs, micro_batch_size=config.rows,
     )  # fmt: skip
     setup_logging(level=level)
     try:

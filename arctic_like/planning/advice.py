@@ -40,7 +40,7 @@ Replan = Callable[[tuple[str, ...]], Plan]
 
 def changes(config: Any, machine: Machine) -> Iterator[Change]:
     """What could be done, the cheapest first. None of it changes what is learned but by rounding."""
-    micro = config.micro_batch_size
+    micro = config.rows
     if micro > 1:
         yield smaller(config, _half(config), machine)
         if _half(config) > 1:
@@ -138,7 +138,7 @@ def _key(override: str) -> str:
 
 def _half(config: Any) -> int:
     """The largest proper divisor of the micro-batch."""
-    micro = int(config.micro_batch_size)
+    micro = config.rows
     return max(size for size in range(1, micro) if micro % size == 0)
 
 

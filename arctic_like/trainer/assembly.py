@@ -247,11 +247,11 @@ def batch_sizes(config: Any, world: World, resumed: dict[str, Any] | None) -> di
         and saved != batch.global_batch_size
     ):
         batch = resolve_batch(
-            world.data_size, micro_batch_size=config.micro_batch_size,
+            world.data_size, micro_batch_size=config.rows,
             gradient_accumulation_steps=None, global_batch_size=saved,
         )  # fmt: skip
     return {
-        "micro_batch_size": config.micro_batch_size,
+        "micro_batch_size": config.rows,
         "gradient_accumulation_steps": batch.gradient_accumulation_steps,
         "global_batch_size": batch.global_batch_size,
     }

@@ -229,8 +229,9 @@ class TrainerConfig(PartConfig):
     exit_iteration_this_run: Annotated[HumanInt, Field(ge=0)] = 0
     """Stop after so many steps since this start or resume; 0 is off."""
 
-    micro_batch_size: Annotated[HumanInt, Field(ge=1)] = 1
-    """Samples of one forward and backward pass on one rank."""
+    micro_batch_size: Annotated[HumanInt, Field(ge=1)] | Literal["auto"] = 1
+    """Samples of one forward and backward pass on one rank; `auto` tries 1, 2, 4, … before the run and
+    takes the fastest that fits. The global batch stays."""
 
     gradient_accumulation_steps: Annotated[HumanInt, Field(ge=1)] = 1
     """Micro-batches of one rank per optimizer step; derived where `global_batch_size` is given."""
@@ -311,11 +312,11 @@ class TrainerConfig(PartConfig):
     @model_validator(mode="after")
     def _consistent(self) -> TrainerConfig:
         if self.global_batch_size is not None and self.given("gradient_accumulation_steps"):
-            product = self.micro_batch_size * self.gradient_accumulation_steps
+            product = self.rows * self.gradient_accumulation_steps
             if self.global_batch_size % product:
                 raise wrong(
                     f"is {self.global_batch_size}, which is no multiple of micro_batch_size × "
-                    f"gradient_accumulation_steps ({self.micro_batch_size} × "
+                    f"gradient_accumulation_steps ({self.rows} × "
                     f"{self.gradient_accumulation_steps} = {product})",
                     place="global_batch_size",
                     hint="leave gradient_accumulation_steps out: it is derived",
@@ -333,6 +334,14 @@ class TrainerConfig(PartConfig):
                 place="wandb.enable",
                 hint="keep one of them",
             )
+        return self
+
+    @model_validator(mode="after")
+    def _tried(self) -> TrainerConfig:
+        from arctic_like.trainer.micro_batch import auto_problems
+
+        for problem in auto_problems(self):
+            raise wrong(problem.message, place=problem.place, hint=problem.hint)
         return self
 
     @model_validator(mode="after")
@@ -398,7 +407,7 @@ class TrainerConfig(PartConfig):
         """
         return resolve_batch(
             world_size,
-            micro_batch_size=self.micro_batch_size,
+            micro_batch_size=self.rows,
             gradient_accumulation_steps=(
                 self.gradient_accumulation_steps
                 if self.global_batch_size is None or self.given("gradient_accumulation_steps")
@@ -406,6 +415,11 @@ class TrainerConfig(PartConfig):
             ),
             global_batch_size=self.global_batch_size,
         )
+
+    @property
+    def rows(self) -> int:
+        """`micro_batch_size` as a number; 1 where it is `auto` and nothing was tried yet."""
+        return 1 if self.micro_batch_size == "auto" else self.micro_batch_size
 
     @property
     def auto_resume(self) -> bool:

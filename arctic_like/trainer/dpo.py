@@ -137,7 +137,7 @@ class DPOTrainer(PreferenceTrainer):
                 sets, data.collate, score,
                 reference=f"{fingerprint(engine.module, host)} {self.ld_alpha}",
                 root=cache.root(getattr(config.data, "cache_dir", None)),
-                division=division_of(config.data, config.micro_batch_size), host=host,
+                division=division_of(config.data, config.rows), host=host,
             )  # fmt: skip
 
 

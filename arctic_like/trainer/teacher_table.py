@@ -112,7 +112,7 @@ def tabulate(
     sets: list[SampleSet] = [*data.evaluation.values(), *data.test.values()]
     if data.train is not None and not config.test_only:
         sets.insert(0, data.train)
-    division = division_of(config.data, config.micro_batch_size)
+    division = division_of(config.data, config.rows)
     entries, made, total = [], 0, 0
     with preserved(), torch.no_grad(), in_evaluation(module):
         for samples in sets:

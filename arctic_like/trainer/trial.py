@@ -55,14 +55,19 @@ def _divided_otherwise(trainer: Trainer, saved: Mapping[str, Any]) -> str:
     return ""
 
 
-def trial_step(trainer: Trainer, samples: NDArray[Any]) -> float:
+def trial_step(
+    trainer: Trainer, samples: NDArray[Any], *, rounds: int | None = ROUNDS
+) -> float:  # fmt: skip
     """One optimizer step over the most demanding micro-batches of some samples, without a line, a
     callback or a count; returns how many seconds it took. Changes weights and states: load or build
-    them anew afterwards. Collective."""
+    them anew afterwards. Collective.
+
+    rounds: how many micro-batches of each rank; None: all.
+    """
     import torch
 
     on_cuda = trainer.device.startswith("cuda")
-    batch = _demanding(trainer, samples)
+    batch = _demanding(trainer, samples, rounds)
     with _silent(trainer), trainer.preserve_random_state():
         micro_batches = trainer._weigh(batch)
         if trainer.progress.stopped:
@@ -77,7 +82,7 @@ def trial_step(trainer: Trainer, samples: NDArray[Any]) -> float:
     return seconds
 
 
-def _demanding(trainer: Trainer, samples: NDArray[Any]) -> StepBatch:
+def _demanding(trainer: Trainer, samples: NDArray[Any], rounds: int | None) -> StepBatch:
     """This rank's first micro-batches of a global batch, which are its largest."""
     from arctic_like.data.loader import MicroBatch, StepBatch, divided
     from arctic_like.data.order import GlobalBatch
@@ -88,7 +93,7 @@ def _demanding(trainer: Trainer, samples: NDArray[Any]) -> StepBatch:
         rank=loader.rank, size=loader.size,
     )  # fmt: skip
     micro_batches = []
-    for rows in share[:ROUNDS]:
+    for rows in share[:rounds]:
         read = rows or [stand_in]
         data = loader.collate([loader.samples[row] for row in read])
         micro_batches.append(MicroBatch(data, read, idle=not rows))
