@@ -64,6 +64,7 @@ def with_rows(recipe: Recipe, session: Session) -> Recipe:
         logger.info(f"micro_batch_size: {rows}, as before")
     else:
         rows = measured(recipe, session)
+        session.start_up.lap("micro-batch trials")
     return _stated(recipe, rows)
 
 
@@ -202,6 +203,8 @@ def _kibibytes(path: str) -> dict[str, int]:
 def _apart(recipe: Recipe, session: Session) -> Iterator[Trainer]:
     """The recipe's trainer as it is before its first step, for a time: without callbacks, trackers,
     exports, files, and with the random generators as they were afterwards. Collective."""
+    from loguru import logger
+
     from arctic_like.engine.random_state import preserved
     from arctic_like.rundir import RunDirectory
     from arctic_like.trainer.assembly import assemble
@@ -218,7 +221,11 @@ def _apart(recipe: Recipe, session: Session) -> Iterator[Trainer]:
             resume=None,
             start_up=StartUp(),
         )
-        trainer.equipment = assemble(trainer, trainer.session)
+        logger.disable("arctic_like")  # the run says it again
+        try:
+            trainer.equipment = assemble(trainer, trainer.session)
+        finally:
+            logger.enable("arctic_like")
         trainer.configure()
         try:
             yield trainer
@@ -231,3 +238,4 @@ def _apart(recipe: Recipe, session: Session) -> Iterator[Trainer]:
                 import torch
 
                 torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()

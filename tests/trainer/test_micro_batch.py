@@ -119,9 +119,9 @@ def test_on_two_ranks_it_is_the_same_training(tmp_path: Path, data: Path, method
     """Losses and gradient norms of the run with one row at once, at ZeRO 3."""
     changes: dict[str, Any] = {"deepspeed__zero_optimization__stage": 3}
     if method == "dpo":
-        from tests.methods.tools import write_preferences
+        from tests.integration.test_preference_runs import write_pairs
 
-        data = write_preferences(tmp_path / "pairs.jsonl", count=24)
+        data = write_pairs(tmp_path / "pairs.jsonl", count=24)
         changes |= {"type": "dpo", "beta": 0.5}
     runs = {}
     for name, size in (("auto", "auto"), ("one", 1)):
