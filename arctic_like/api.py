@@ -342,7 +342,10 @@ def _run_trainer(
             world_size=world.size, devices=devices,
             resumed_from=str(checkpoint) if checkpoint else None,
         )  # fmt: skip
-    recipe = with_rows(recipe, session)
+    try:
+        recipe = with_rows(recipe, session)
+    except OutOfMemoryError as error:
+        raise _with_a_plan(error, directory, world) from None
     session = replace(session, recipe=recipe)
     trainer: Any = recipe.trainer(recipe.config)
     try:

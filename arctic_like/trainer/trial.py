@@ -66,6 +66,8 @@ def trial_step(
     """
     import torch
 
+    from arctic_like.trainer.failures import in_step, out_of_memory
+
     on_cuda = trainer.device.startswith("cuda")
     batch = _demanding(trainer, samples, rounds)
     with _silent(trainer), trainer.preserve_random_state():
@@ -74,7 +76,10 @@ def trial_step(
             return 0.0
         trainer.batch = batch
         start = time.perf_counter()
-        trainer.step(micro_batches)
+        try:
+            trainer.step(micro_batches)
+        except torch.OutOfMemoryError as error:
+            raise out_of_memory(trainer, error, f"{in_step(trainer)}, a trial") from error
         if on_cuda:
             torch.cuda.synchronize()
         seconds = time.perf_counter() - start

@@ -12,6 +12,7 @@ import torch
 from arctic_like import load_recipe
 from arctic_like.api import execute
 from arctic_like.checkpoint.reading import read_weights
+from arctic_like.errors import RunError
 from arctic_like.stop import StopRequest
 from arctic_like.trainer import trial
 from tests.integration.tools import (
@@ -126,3 +127,37 @@ def test_the_first_step_has_the_longest_samples(tmp_path: Path, data: Path) -> N
     everything = sorted((length for step in seen for length in step), reverse=True)
     assert len(everything) == 40
     assert seen[0] == everything[:8]
+
+
+CODE = """
+import torch
+from arctic_like import SFTTrainer
+
+
+class Narrow(SFTTrainer):
+    name = "narrow"
+
+    def loss(self, batch):
+        if batch["input_ids"].shape[0] > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return super().loss(batch)
+"""
+
+
+def test_what_does_not_fit_fails_before_the_checkpoint_is_loaded(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A device that has room for two rows at once, and a resume with four."""
+    (tmp_path / "narrow.py").write_text(CODE)
+    path = cut(tmp_path, data, type="narrow", code=str(tmp_path / "narrow.py"))
+    before = lines(tmp_path / "run")
+    monkeypatch.setattr(
+        "arctic_like.planning.failure.plan_for_failure", lambda *_, **__: "the plan"
+    )
+    with pytest.raises(
+        RunError, match=r"(?s)in step 1, micro-batch 1 of 2 \(4 x \d+\), a trial.*the plan"
+    ):
+        go(path, tmp_path / "run", "micro_batch_size=4", resume="latest")
+    assert lines(tmp_path / "run") == before
+    go(path, tmp_path / "run", "micro_batch_size=2", resume="latest")
+    assert [line["step"] for line in train_lines(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
