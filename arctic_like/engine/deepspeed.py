@@ -15,13 +15,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from arctic_like.engine import access, divided, frozen_base, gradients, surgery, traces
+from arctic_like.engine import access, divided, frozen_base, gradients, surgery, thrift, traces
 from arctic_like.engine.held import held
 from arctic_like.engine.host import HostGroup
 from arctic_like.engine.idle_parameters import settle
 from arctic_like.engine.layout import Layout, layout_of, training_device
 from arctic_like.engine.reserve import reserved_states
-from arctic_like.engine.snapshot import Capture, CapturedFile
+from arctic_like.engine.snapshot import Apart, Capture, CapturedFile
 from arctic_like.errors import CheckpointError, RunError
 from arctic_like.world import World
 
@@ -93,6 +93,7 @@ class Engine:
         if self.zero_stage == 3:
             traces.forget_with_the_trace()
         divides = divided.before_opening(self._config)
+        thrift.compile_muon_when_used()
         with _no_update(self.base_optimizer), _no_memory_reports():
             self.engine, *_ = deepspeed.initialize(
                 model=self.module, optimizer=self.base_optimizer,
@@ -100,6 +101,7 @@ class Engine:
             )  # fmt: skip
         if divides:
             divided.opened(self.engine)
+        thrift.save_memory(self.engine.optimizer)
         self.forget_layout()
 
     @cached_property
@@ -315,14 +317,16 @@ class Engine:
 
     @contextlib.contextmanager
     def _captured(self, capture: bool) -> Iterator[list[CapturedFile]]:
-        """A context in which DeepSpeed's files go into the list instead of to the disk."""
-        if not capture:
-            yield []
-            return
+        """A context in which DeepSpeed's files go into the list instead of to the disk; without `capture`
+        to the disk, with no more of storages than the tensors in them."""
         writer = self.engine.checkpoint_engine
-        self.engine.checkpoint_engine = Capture(writer)
+        captured = Capture(writer)
+        if capture:
+            self.engine.checkpoint_engine = captured
+        elif writer.preserves_storage_sharing():
+            self.engine.checkpoint_engine = Apart(writer)
         try:
-            yield self.engine.checkpoint_engine.files
+            yield captured.files
         finally:
             self.engine.checkpoint_engine = writer
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.engine.launch import GRADIENTS, SAVES, SURGERY, Found, probe
+from tests.engine.launch import GRADIENTS, SAVES, SURGERY, THRIFT, Found, probe
 
 
 @pytest.fixture(scope="package")
@@ -16,4 +16,4 @@ def probes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="package")
 def two_ranks(probes: Path) -> Found:
-    return probe([*SAVES, *GRADIENTS, *SURGERY], ranks=2, folder=probes)
+    return probe([*SAVES, *GRADIENTS, *SURGERY, *THRIFT], ranks=2, folder=probes)

@@ -89,5 +89,10 @@ SURGERY = [
     job("refused", 0, "fp32"), job("refused", 3, "fp32"),
     job("leaks", 2, "bf16", times=10), job("leaks", 3, "bf16", times=10),
 ]  # fmt: skip
+THRIFT = [
+    job("thrift", 1, "fp32"), job("thrift", 2, "fp32"),
+    job("thrift", 2, "fp32", round_robin_gradients=True), job("thrift", 2, "bf16"),
+    job("thrift", 3, "fp32"), job("thrift", 2, "fp32", offload=True),
+]  # fmt: skip
 SAVED = [(0, "fp32"), (2, "bf16"), (3, "bf16")]
 SAVES = [job("save", stage, dtype) for stage, dtype in SAVED]

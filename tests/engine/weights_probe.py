@@ -13,6 +13,7 @@ import sys
 import weakref
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import deepspeed
 import torch
@@ -20,8 +21,11 @@ import torch.distributed as dist
 from deepspeed.runtime.zero import parameter_offload
 from torch import Tensor
 
+from arctic_like.engine import deepspeed as deepspeed_module
+from arctic_like.engine import thrift as thrift_module
 from arctic_like.engine.deepspeed import Engine, to_universal
 from arctic_like.engine.host import connect
+from arctic_like.engine.snapshot import tensors_in
 from arctic_like.engine.surgery import Rows
 from arctic_like.errors import ArcticError
 from arctic_like.world import World
@@ -472,6 +476,59 @@ def _count(one: Engine) -> list[int]:
     return [hooks, sum(held.values())]
 
 
+def thrift(stage: int, dtype: str, **options: Any) -> dict[str, Any]:
+    """The same training as under DeepSpeed left as it is; what is held; what is in its files."""
+    runs: list[Any] = []
+    found: dict[str, Any] = {}
+    for mended in (False, True):
+        with contextlib.ExitStack() as stack:
+            if not mended:
+                stack.enter_context(patch.object(thrift_module, "save_memory", lambda _: None))
+            one = points.engine(stage, dtype, WORLD, **options)
+        norms = []
+        for number in range(4):
+            points.backward(one, number, RANK, WORLD, dtype)
+            one.step()
+            norms.append(float(one.grad_norm))
+        weights = list(one.module.parameters())
+        found["weights"], found["held"] = _bytes(weights), _bytes([*weights, *one.partitions()])
+        found["partitions"] = _bytes(one.partitions())
+        folder = FOLDER / f"thrift-{WORLD}-{stage}-{dtype}-{mended}"
+        with (
+            contextlib.nullcontext() if mended else patch.object(deepspeed_module, "Apart", _AsItIs)
+        ):
+            one.save(folder, tag="engine")
+        files = {
+            path.name: torch.load(path, weights_only=False)
+            for path in sorted((folder / "engine").glob("*.pt"))
+        }
+        tensors = {f"{name} {n}": t for name, state in files.items()
+                   for n, t in enumerate(tensors_in(state))}  # fmt: skip
+        runs.append((masters(one), norms, tensors))
+        found["in files"] = all(
+            t.untyped_storage().nbytes() == t.numel() * t.element_size()
+            for t in tensors.values() if t.numel()
+        )  # fmt: skip
+        one.host.barrier()
+        one.destroy()
+    (plain, plain_norms, plain_files), (own, norms, files) = runs
+    found["bits"] = same_bits(plain, own) and plain_norms == norms
+    found["same files"] = same_bits(plain_files, files)
+    return found
+
+
+class _AsItIs:
+    """DeepSpeed's own writer."""
+
+    def __new__(cls, writer: Any) -> Any:
+        return writer
+
+
+def _bytes(tensors: list[Any]) -> int:
+    held = [tensor.untyped_storage() for tensor in tensors]
+    return sum({storage._cdata: storage.nbytes() for storage in held}.values())
+
+
 def refused(stage: int, dtype: str, **options: Any) -> dict[str, Any]:
     """What does not fit, and ranks that disagree; afterwards the engine still trains."""
     one = points.engine(stage, dtype, WORLD, **options)
@@ -508,7 +565,7 @@ CHECKS = {
     check.__name__: check
     for check in (
         gradients, idle, later, surgery, nothing, save, load, mistaken, swapping, adversary, teacher,
-        leaks, refused,
+        leaks, thrift, refused,
     )
 }  # fmt: skip
 
