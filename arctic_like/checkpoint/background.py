@@ -7,9 +7,7 @@ that saved it, and a run that ends with an error on all ranks still completes wh
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import shutil
 import threading
 import time
@@ -18,13 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from arctic_like.checkpoint.publish import files_below, seal
+from arctic_like.engine.snapshot import step_back
 from arctic_like.errors import CheckpointError
 
 NOTES = ".sealed"
 """The folder of the notes, gone when the checkpoint is published."""
 POLL_SECONDS = 0.05
-NICENESS = 10
-"""Of the thread: where cores are scarce, training goes first."""
 
 
 class BackgroundSave:
@@ -62,8 +59,7 @@ class BackgroundSave:
         self._alone.set()
 
     def _run(self) -> None:
-        with contextlib.suppress(OSError, AttributeError):
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
+        step_back()
         note: dict[str, Any]
         try:
             note = {"files": seal(self._folder, self._write())}

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field, field_validator
 
@@ -16,6 +17,8 @@ from arctic_like.registry import Part
 
 if TYPE_CHECKING:
     from arctic_like.checkpoint.background import BackgroundSave
+    from arctic_like.engine.deepspeed import Engine
+    from arctic_like.world import World
 
 
 class CheckpointConfig(PartConfig):
@@ -101,6 +104,14 @@ class CheckpointEngine(Part, family="checkpoint"):
         retention = self.retention(steps_per_epoch=steps_per_epoch, total_steps=total_steps)
         if saved:
             tidy(saved[0].parent, saved, retention, monitored)
+
+    def prepare(
+        self, *, engines: dict[str, Engine], rank_state: Callable[[], Any], world: World
+    ) -> None:  # fmt: skip
+        """Called once after a run's first step, when the state has its size. Local.
+
+        rank_state: gives what of this rank's state is no engine's.
+        """
 
     @property
     def background(self) -> BackgroundSave | None:

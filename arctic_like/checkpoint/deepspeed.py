@@ -69,6 +69,15 @@ class DeepSpeedCheckpoint(CheckpointEngine):
         """See `CheckpointEngine.background`."""
         return self._background
 
+    def prepare(
+        self, *, engines: dict[str, Engine], rank_state: Callable[[], Any], world: World
+    ) -> None:  # fmt: skip
+        """Make room for the first copy of the state while training goes on."""
+        if self.config.asynchronous:
+            self._arena.prepare(
+                [engine.live_state(main=world.is_main) for engine in engines.values()]
+            )
+
     def save(
         self,
         *,

@@ -315,6 +315,18 @@ class Engine:
             (folder / tag / SHAPES).write_text(json.dumps(facts))
         return files
 
+    def live_state(self, *, main: bool) -> list[Any]:
+        """The tensors that `save` would write of this rank, as they are: for their size. main: of the
+        rank that writes the weights."""
+        optimizer = self._expect_optimizer()
+        rebuilt = frozen_base.is_rebuilt(self.module)
+        weights = [p for p in self.module.parameters() if p.requires_grad or not rebuilt]
+        return [
+            [*weights, *self.module.buffers()] if main or self.zero_stage == 3 else [],
+            [group["params"] for group in optimizer.param_groups],
+            [[updated, state] for updated, state in optimizer.state.items()],
+        ]
+
     @contextlib.contextmanager
     def _captured(self, capture: bool) -> Iterator[list[CapturedFile]]:
         """A context in which DeepSpeed's files go into the list instead of to the disk; without `capture`

@@ -7,9 +7,21 @@ that the copies run at the bus's rate.
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import os
+import threading
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+from arctic_like.engine.states import (
+    identity,
+    is_dense,
+    like,
+    plain_tensors,
+    standalone,
+    view_of,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -17,6 +29,10 @@ if TYPE_CHECKING:
 
 ALIGNED = 64
 """Bytes; what lies in the arena is aligned to them as it was where it came from."""
+PAGE, SLICE = 2**12, 2**25
+"""Bytes of a page of memory, and of what is touched between two chances for other threads."""
+NICENESS = 10
+"""Of threads beside training: where cores are scarce, training goes first."""
 
 
 class HostArena:
@@ -24,6 +40,21 @@ class HostArena:
 
     def __init__(self) -> None:
         self._memory: Tensor | None = None
+        self._growing: threading.Thread | None = None
+
+    def prepare(self, states: list[Any]) -> None:
+        """Make room for states as large as these, beside what goes on: the first copy into new memory
+        takes many times as long as the next, because the system has to find and clear every page."""
+        import torch
+
+        needed = _size(*_parts(states))
+        if self._memory is not None and self._memory.numel() >= needed:
+            return
+        device = torch.cuda.current_device() if torch.cuda.is_available() else None
+        self._growing = threading.Thread(
+            target=self._grow, args=(needed, device), name="checkpoint memory", daemon=True
+        )
+        self._growing.start()
 
     def snapshot(self, states: list[Any]) -> list[Any]:
         """Copies of nested states that share nothing with them. Valid until the next call.
@@ -33,15 +64,10 @@ class HostArena:
         part, which is what a file gets of it. Those that were one tensor (same memory, shape and dtype)
         are one storage. Everything else is copied as `copy.deepcopy` does.
         """
-        found = list({id(t): t for state in states for t in _tensors(state)}.values())
-        dense = [t for t in found if _is_dense(t)]
-        stretches = list(_stretches(dense))
-        scattered = {_identity(t): t for t in found if not _is_dense(t)}
-        self._reserve(
-            sum(_room(one.end - one.start) for one in stretches)
-            + sum(_room(t.numel() * t.element_size()) for t in scattered.values())
-        )
+        stretches, scattered = _parts(states)
+        self._reserve(_size(stretches, scattered))
         places: dict[tuple[Any, ...], Tensor] = {}
+        found = [t for one in stretches for t in one.tensors] + [t for ts in scattered for t in ts]
         devices = {tensor.device for tensor in found}
         used = 0
         for one in stretches:
@@ -49,24 +75,39 @@ class HostArena:
             self._part(begin, one.end - one.start).copy_(one.bytes(), non_blocking=True)
             for tensor in one.tensors:
                 places.setdefault(
-                    _identity(tensor), self._place(tensor, begin + tensor.data_ptr() - one.start)
+                    identity(tensor), self._place(tensor, begin + tensor.data_ptr() - one.start)
                 )
             used += _room(one.end - one.start)
-        for identity, tensor in scattered.items():
-            places[identity] = self._place(tensor, used)
-            places[identity].copy_(tensor.detach(), non_blocking=True)
+        for tensor, *_ in scattered:
+            place = places[identity(tensor)] = self._place(tensor, used)
+            place.copy_(tensor.detach(), non_blocking=True)
             used += _room(tensor.numel() * tensor.element_size())
         _wait(devices)
-        memo: dict[int, Any] = {id(t): _like(places[_identity(t)], t) for t in found}
+        memo: dict[int, Any] = {id(t): like(places[identity(t)], t) for t in found}
         return [copy.deepcopy(state, memo) for state in states]
 
     def _reserve(self, needed: int) -> None:
-        import torch
-
+        if self._growing is not None:
+            self._growing.join()
+            self._growing = None
         if self._memory is None or self._memory.numel() < needed:
             self._memory = None  # the old one goes before there is a new one
-            self._memory = torch.empty(needed, dtype=torch.uint8)
+            self._memory = _new_memory(needed)
             _lock_pages(self._memory)
+
+    def _grow(self, needed: int, device: int | None) -> None:
+        import torch
+
+        step_back()
+        if device is not None:
+            torch.cuda.set_device(device)  # a thread begins on the first one
+        with contextlib.suppress(RuntimeError, MemoryError):  # the save will say so
+            memory = _new_memory(needed)
+            pages = memory.numpy()
+            for begin in range(0, len(pages), SLICE):
+                pages[begin : begin + SLICE : PAGE] = 0
+            _lock_pages(memory)
+            self._memory = memory
 
     def _part(self, begin: int, size: int) -> Tensor:
         assert self._memory is not None
@@ -74,7 +115,13 @@ class HostArena:
 
     def _place(self, tensor: Tensor, begin: int) -> Tensor:
         """Room for a tensor in the arena."""
-        return _view(self._part(begin, tensor.numel() * tensor.element_size()), tensor)
+        return view_of(self._part(begin, tensor.numel() * tensor.element_size()), tensor)
+
+
+def step_back() -> None:
+    """Give this thread a lower priority than training has."""
+    with contextlib.suppress(OSError, AttributeError):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
 
 
 class _Stretch(NamedTuple):
@@ -91,6 +138,31 @@ class _Stretch(NamedTuple):
         storage = self.tensors[0].untyped_storage()
         whole = torch.empty(0, dtype=torch.uint8, device=storage.device)
         return whole.set_(storage, self.start - storage.data_ptr(), (self.end - self.start,))  # type: ignore[call-overload,no-any-return]
+
+
+def _parts(states: list[Any]) -> tuple[list[_Stretch], list[list[Tensor]]]:
+    """What has to be copied of the states' tensors: stretches of memory, and tensors that lie in no order,
+    those that are one together."""
+    found = list({id(t): t for state in states for t in plain_tensors(state)}.values())
+    scattered: dict[tuple[Any, ...], list[Tensor]] = {}
+    for tensor in found:
+        if not is_dense(tensor):
+            scattered.setdefault(identity(tensor), []).append(tensor)
+    return list(_stretches([t for t in found if is_dense(t)])), list(scattered.values())
+
+
+def _size(stretches: list[_Stretch], scattered: list[list[Tensor]]) -> int:
+    """Bytes of the arena for them."""
+    return sum(_room(one.end - one.start) for one in stretches) + sum(
+        _room(tensor.numel() * tensor.element_size()) for tensor, *_ in scattered
+    )
+
+
+def _new_memory(needed: int) -> Tensor:
+    """Memory for a little more than is needed, so that a few more numbers do not ask for a new one."""
+    import torch
+
+    return torch.empty(needed + needed // 64 + PAGE, dtype=torch.uint8)
 
 
 def _stretches(tensors: list[Tensor]) -> Iterator[_Stretch]:
@@ -115,96 +187,9 @@ def _stretches(tensors: list[Tensor]) -> Iterator[_Stretch]:
             yield open_one
 
 
-def standalone(state: Any) -> Any:
-    """A nested state whose tensors are not parts of larger storages, which files would get whole.
-
-    On the CPU they share memory with those given; what lies on a device is copied to the host.
-    """
-    memo: dict[int, Any] = {}
-    parts: dict[tuple[Any, ...], Tensor] = {}
-    for tensor in tensors_in(state):
-        memo[id(tensor)] = tensor
-        if not _is_plain(tensor) or not _is_dense(tensor):
-            continue
-        if tensor.untyped_storage().nbytes() > tensor.numel() * tensor.element_size():
-            part = parts.get(_identity(tensor))
-            if part is None:
-                part = parts[_identity(tensor)] = _own_storage(tensor.detach())
-            memo[id(tensor)] = _like(part, tensor)
-    return copy.deepcopy(state, memo)
-
-
-def _own_storage(tensor: Tensor) -> Tensor:
-    """The same numbers in a storage that holds nothing else: of a CPU tensor, over the same memory."""
-    if tensor.device.type != "cpu":
-        return tensor.cpu()
-    import torch
-
-    return _view(tensor.reshape(-1).view(torch.uint8), tensor)
-
-
-def _view(memory: Tensor, tensor: Tensor) -> Tensor:
-    """A tensor like `tensor` over bytes on the CPU, with a storage of its own."""
-    import torch
-
-    return torch.from_numpy(memory.numpy()).view(tensor.dtype).view(tensor.shape)
-
-
-def tensors_in(state: Any) -> Iterator[Tensor]:
-    """The tensors in maps, lists and tuples."""
-    import torch
-
-    if isinstance(state, torch.Tensor):
-        yield state
-    elif isinstance(state, dict):
-        for value in state.values():
-            yield from tensors_in(value)
-    elif isinstance(state, (list, tuple)):
-        for value in state:
-            yield from tensors_in(value)
-
-
-def _tensors(state: Any) -> Iterator[Tensor]:
-    """The plain ones of `tensors_in`; others are left to `copy.deepcopy`."""
-    return (tensor for tensor in tensors_in(state) if _is_plain(tensor))
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    import torch
-
-    return bool(
-        type(tensor) in (torch.Tensor, torch.nn.Parameter)
-        and not tensor.is_quantized
-        and tensor.layout == torch.strided
-        and tensor.numel()
-        and not tensor.is_meta
-    )
-
-
-def _is_dense(tensor: Tensor) -> bool:
-    """Whether its numbers are the bytes from its first on, in order."""
-    return tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
-
-
-def _identity(tensor: Tensor) -> tuple[Any, ...]:
-    return (
-        tensor.data_ptr(), tensor.device, tensor.dtype, tuple(tensor.shape), tensor.stride(),
-        tensor.is_conj(), tensor.is_neg(),
-    )  # fmt: skip
-
-
 def _room(size: int) -> int:
     """Bytes of the arena for so many, wherever between two multiples of `ALIGNED` they begin."""
     return -(-size // ALIGNED) * ALIGNED + ALIGNED
-
-
-def _like(kept: Tensor, tensor: Tensor) -> Tensor:
-    """The copy in the form of what it is a copy of: a parameter, a tensor that requires a gradient."""
-    import torch
-
-    if type(tensor) is torch.nn.Parameter:
-        return torch.nn.Parameter(kept, requires_grad=tensor.requires_grad)
-    return kept.detach().requires_grad_(tensor.requires_grad)
 
 
 def _wait(devices: set[torch.device]) -> None:

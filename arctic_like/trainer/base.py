@@ -734,6 +734,7 @@ class Trainer(Part, Moments, Surface, family="trainer"):
         self._local_batches += len(batch.micro_batches)
         if self._steps_this_run == 1:
             first_step_done(self)
+            equipment.saver.prepare(self)
         self.lines.note_rates(self)
         for learner in self.learners.values():
             learner.after_step()

@@ -89,6 +89,16 @@ class Saver:
             trainer.emit("on_checkpoint_end", directory)
         self._due = []
 
+    def prepare(self, trainer: Trainer) -> None:
+        """After the first step: let the engines make ready for saves of the state as large as it is."""
+        engines = {n: lr.engine for n, lr in trained(trainer).items()}
+
+        def rank_state() -> list[Any]:
+            return [callback.state_dict() for callback in trainer.equipment.callbacks.all]
+
+        for engine in self.engines:
+            engine.prepare(engines=engines, rank_state=rank_state, world=self._session.world)
+
     def settle(self, trainer: Trainer) -> None:
         """Wait until what was saved is complete, and tell the callbacks. Collective. Raises CheckpointError
         on every rank where a part of it could not be written."""

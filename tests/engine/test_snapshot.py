@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import resource
 from collections import OrderedDict
 from typing import Any
 
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from arctic_like.engine.snapshot import HostArena
+from arctic_like.engine.states import standalone, tensors_in
 
 DTYPES = (torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.float64)
 
@@ -22,6 +24,7 @@ def states(draw: st.DrawFn) -> Any:
         torch.randn(3, 4),
         torch.nn.Parameter(torch.randn(5), requires_grad=draw(st.booleans())),
     ]
+    flat = torch.randn(64)
 
     def tensor() -> st.SearchStrategy[Any]:
         shapes = st.sampled_from([(), (0,), (1,), (7,), (3, 5), (2, 3, 2)])
@@ -30,13 +33,16 @@ def states(draw: st.DrawFn) -> Any:
             value = (torch.rand(shape) * 5).to(dtype)
             if kind == "view" and value.numel() > 2:
                 return torch.cat([value.flatten(), value.flatten()])[1 : value.numel()]
+            if kind == "part" and value.numel():
+                begin = draw(st.integers(0, 64 - value.numel()))
+                return flat[begin : begin + value.numel()].view(shape)
             if kind == "transposed" and value.ndim >= 2:
                 return value.transpose(0, 1)
             return shared[hash(shape) % 2] if kind == "shared" else value
 
         return st.builds(
             make, shapes, st.sampled_from(DTYPES),
-            st.sampled_from(["plain", "view", "transposed", "shared"]),
+            st.sampled_from(["plain", "view", "transposed", "shared", "part"]),
         )  # fmt: skip
 
     leaves = st.one_of(tensor(), st.integers(), st.text(max_size=3), st.none(), st.floats(-1, 1))
@@ -105,6 +111,55 @@ def test_one_tensor_in_two_places_stays_one() -> None:
     assert found["in"] is found["out"]
     tied = HostArena().snapshot([{"in": weight.data, "out": weight.data}])[0]
     assert tied["in"].data_ptr() == tied["out"].data_ptr()
+
+
+@settings(max_examples=150, deadline=None)
+@given(states())
+def test_a_standalone_state_is_the_same_without_what_is_not_in_it(given_state: Any) -> None:
+    found = standalone(given_state)
+    assert equal(saved(found), saved(given_state))
+    for tensor in tensors_in(found):
+        if tensor.is_contiguous():
+            assert tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+
+
+def test_memory_that_several_tensors_show_is_copied_once() -> None:
+    """Weights, and the flat tensor that they are parts of; a file gets no more than each tensor."""
+    flat = torch.randn(1_000_000)
+    state = {"a": flat[:400_000].view(400, 1000), "b": flat[400_000:], "flat": flat}
+    arena = HostArena()
+    found = arena.snapshot([state])[0]
+    assert found["a"].data_ptr() == found["flat"].data_ptr()
+    assert arena._memory is not None
+    assert arena._memory.numel() < 1.1 * 4 * len(flat)
+    assert equal(saved(found), saved(state))
+    file = io.BytesIO()
+    torch.save(found["a"], file)
+    assert len(file.getvalue()) < 1.1 * 4 * 400_000
+
+
+def test_the_first_copy_into_prepared_memory_meets_no_new_pages() -> None:
+    """Counted by the system: a page fault for each page that was never touched."""
+    state = {"a": torch.randn(2**24), "b": torch.randn(100)}
+    faults = []
+    for prepared in (False, True):
+        arena = HostArena()
+        if prepared:
+            arena.prepare([state])
+            assert arena._growing is not None
+            arena._growing.join()
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        assert torch.equal(arena.snapshot([state])[0]["a"], state["a"])
+        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    assert faults[1] < 1000
+    assert faults[0] > 10 * faults[1] or faults[0] < 1000  # where pages are huge there are few
+
+
+def test_a_state_that_outgrew_what_was_prepared_is_copied_all_the_same() -> None:
+    arena = HostArena()
+    arena.prepare([{"a": torch.randn(10)}])
+    state = {"a": torch.randn(100_000)}
+    assert equal(arena.snapshot([state])[0], state)
 
 
 def test_memory_is_kept_for_the_next() -> None:

@@ -25,7 +25,7 @@ from arctic_like.engine import deepspeed as deepspeed_module
 from arctic_like.engine import thrift as thrift_module
 from arctic_like.engine.deepspeed import Engine, to_universal
 from arctic_like.engine.host import connect
-from arctic_like.engine.snapshot import tensors_in
+from arctic_like.engine.states import tensors_in
 from arctic_like.engine.surgery import Rows
 from arctic_like.errors import ArcticError
 from arctic_like.world import World
