@@ -80,7 +80,7 @@ def answers(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().split("\n") if line]
 
 
-@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize("batch_size", [pytest.param(1, marks=pytest.mark.full), 3])
 def test_answers_are_those_of_one_prompt_alone(
     folder: Path, prompts: Path, tmp_path: Path, batch_size: int
 ) -> None:

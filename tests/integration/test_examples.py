@@ -59,6 +59,7 @@ def test_digits_are_told_apart(tmp_path: Path) -> None:
     assert last(found, "test/accuracy") == pytest.approx(accuracy, abs=1e-6)
 
 
+@pytest.mark.full
 def test_digits_end_early(tmp_path: Path) -> None:
     """A patience of one ends the run long before its thirty epochs."""
     found = run("digits/classify.yaml", tmp_path,

@@ -400,7 +400,9 @@ def test_offload_gives_the_same_run_and_resumes(
             assert third[key] == other[key]
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize(
+    "stage", [0, 3, *(pytest.param(s, marks=pytest.mark.full) for s in (1, 2))]
+)
 def test_bf16_resumes_to_the_bit(tmp_path: Path, data: Path, stage: int) -> None:
     shape = {**recipe(data)["model"]["config"], "attention_dropout": 0.2}
     content = recipe(

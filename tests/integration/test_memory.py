@@ -26,7 +26,7 @@ WAYS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize(
     ("ranks", "stage", "ways"),
     [
-        (2, 3, ("tiled", "tiled-again", "every-second")),
+        pytest.param(2, 3, ("tiled", "tiled-again", "every-second"), marks=pytest.mark.full),
         pytest.param(2, 2, tuple(WAYS), marks=pytest.mark.full),
         pytest.param(1, 0, tuple(WAYS), marks=pytest.mark.full),
         pytest.param(1, 3, ("tiled-again", "every-second"), marks=pytest.mark.full),

@@ -30,9 +30,9 @@ def listing(folder: Path) -> list[str]:
             ["train_micro_batch_size_per_gpu", "micro_batch_size"],
         ),
         ({"data__max_length": 512}, ["512", "256", "max_length"]),
-        ({"data__sources": ["./empty.jsonl"]}, ["empty.jsonl"]),
+        pytest.param({"data__sources": ["./empty.jsonl"]}, ["empty.jsonl"], marks=pytest.mark.full),
         ({"data__sources": ["./silent.jsonl"]}, ["silent.jsonl", "train"]),
-        ({"data__sources": ["./torn.jsonl"]}, ["torn.jsonl:2"]),
+        pytest.param({"data__sources": ["./torn.jsonl"]}, ["torn.jsonl:2"], marks=pytest.mark.full),
         ({"model__config": {**MODEL, "vocab_size": 100}}, ["vocab_size", "100"]),
         ({"sequence_parallel_size": 2}, ["sequence_parallel_size", "1 rank"]),
         (

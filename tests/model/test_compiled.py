@@ -53,7 +53,8 @@ def step(model: Any, length: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"activation_checkpointing": "none"}, {"peft_config": LORA}, {"attn_implementation": "varlen"}],
+    [{}, *(pytest.param(one, marks=pytest.mark.full) for one in (
+        {"activation_checkpointing": "none"}, {"peft_config": LORA}, {"attn_implementation": "varlen"}))],
     ids=["checkpointed", "kept", "lora", "varlen"],
 )  # fmt: skip
 @pytest.mark.parametrize("shape", [LLAMA, MISTRAL], ids=["llama", "mistral"])

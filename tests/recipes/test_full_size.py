@@ -44,6 +44,14 @@ def header(path: Path) -> str:
     return " ".join(line.removeprefix("#").strip() for line in top)
 
 
+SHOWN = {
+    "sft/smollm2-1.7b",
+    "lora/mistral-7b",
+    "dpo/mistral-7b-lora",
+    "reward/qwen3-8b-lora",
+    "simpo/gemma-3-1b",
+}
+"""Those that run in every test; the others in the full matrices."""
 FULL_SIZE = [
     path for path in sorted(RECIPES.glob("*/*.yaml")) if "computed, not measured" in header(path)
 ]
@@ -112,7 +120,15 @@ def test_its_header_says_its_command_and_what_it_needs(path: Path) -> None:
         assert any(math.isclose(number, one, rel_tol=0.06) for one in found), (number, found)
 
 
-@pytest.mark.parametrize("path", FULL_SIZE, ids=name_of)
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(
+            path, id=name_of(path), marks=() if name_of(path) in SHOWN else pytest.mark.full
+        )
+        for path in FULL_SIZE
+    ],
+)
 def test_it_runs_small(folder: Path, path: Path) -> None:
     """Two steps and what is saved at the end: losses are finite, weights are exported."""
     content: dict[str, Any] = yaml.safe_load(path.read_text())
