@@ -111,12 +111,6 @@ def _prepared(recipe: Recipe, machine: Machine, *, no_data: bool) -> Prepared:
     from arctic_like.engine.ds_section import TENSOR_PARALLEL, tensor_parallel_size
     from arctic_like.planning.rehearsal import Prepared
 
-    shared = getattr(recipe.config, "sequence_parallel_size", 1)
-    if shared > 1:
-        raise RecipeError(
-            Problem(f"is {shared}: a plan cannot rehearse ranks that share rows yet",
-                    "sequence_parallel_size", "plan with 1 for all but the activations")
-        )  # fmt: skip
     layers = tensor_parallel_size(getattr(recipe.config, "deepspeed", None))
     if layers > 1:
         raise RecipeError(

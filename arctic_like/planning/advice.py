@@ -9,6 +9,7 @@ from typing import Any
 from arctic_like.engine.ds_config import offload_device, zero_stage
 from arctic_like.errors import RecipeError, RunError
 from arctic_like.planning.plan import Machine, Plan
+from arctic_like.planning.rehearsal import world_of
 
 CHECKPOINT = "model.activation_checkpointing=full"
 TILES = "tiled_mlp_compute=true"
@@ -124,10 +125,11 @@ def _activations(config: Any, machine: Machine) -> Iterator[Change]:
 
 def smaller(config: Any, micro: int, machine: Machine) -> Change:
     """A smaller micro-batch at the same global batch."""
-    batch = config.resolve_batch(machine.ranks)
+    groups = world_of(config, machine.ranks).data_size
+    batch = config.resolve_batch(groups)
     words = [f"micro_batch_size={micro}"]
     if config.global_batch_size is None or config.given("gradient_accumulation_steps"):
-        rounds = batch.global_batch_size // (micro * machine.ranks)
+        rounds = batch.global_batch_size // (micro * groups)
         words.append(f"gradient_accumulation_steps={rounds}")
     return Change(tuple(words), "smaller matrix products")
 

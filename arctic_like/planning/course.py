@@ -42,11 +42,11 @@ def course_of(config: Any, prepared: Prepared, *, ranks: int) -> Course:
     """Look through the steps of the run in their order. Raises RecipeError as a run would."""
     from pathlib import Path
 
+    from arctic_like.planning.rehearsal import world_of
     from arctic_like.run_info import RunInfo
     from arctic_like.trainer.assembly import batch_sizes, horizon, loader_of
-    from arctic_like.world import World
 
-    world = World(size=ranks, local_size=ranks)
+    world = world_of(config, ranks)
     info = RunInfo(
         output_dir=Path(), seed=config.seed, world=world, device="cpu", epochs=config.epochs,
         **batch_sizes(config, world, None),
@@ -56,7 +56,7 @@ def course_of(config: Any, prepared: Prepared, *, ranks: int) -> Course:
     steps, _ = horizon(config, plan, data)
     info = replace(info, steps_per_epoch=plan.batches_per_epoch)
     samples: Any = data.train
-    demands = _Demands(samples, loader, ranks)
+    demands = _Demands(samples, loader, world.data_size)
     epoch = min(steps, plan.batches_per_epoch)
     sums = _through(plan, samples, demands, epoch)
     full, rest = divmod(steps, max(plan.batches_per_epoch, 1))

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 from arctic_like.engine.host import HostGroup
+from arctic_like.errors import Problem, RecipeError
 from arctic_like.planning.memory import DEVICE, Memory, Peak
 from arctic_like.planning.stand_ins import standing_in
 from arctic_like.planning.tensors import rehearsing
@@ -83,6 +84,17 @@ class Alone(HostGroup):
             raise error
 
 
+def world_of(config: Any, ranks: int, *, device: str = "cpu") -> World:
+    """Rank zero of so many on one machine. Raises RecipeError where they cannot be put into groups."""
+    shared = int(getattr(config, "sequence_parallel_size", 1))
+    if ranks % shared:
+        raise RecipeError(
+            Problem(f"is {shared}, but {ranks} ranks are planned for", "sequence_parallel_size",
+                    "plan for a multiple of it (--gpus)")
+        )  # fmt: skip
+    return World(size=ranks, local_size=ranks, device=device, sequence_parallel_size=shared)
+
+
 def rehearse(
     recipe: Recipe, prepared: Prepared, *, ranks: int, on_gpu: bool, micro_batches: Sequence[Any]
 ) -> Rehearsal:
@@ -106,7 +118,7 @@ def rehearse(
 def _rehearsed(
     recipe: Recipe, prepared: Prepared, ranks: int, *, on_gpu: bool, micro_batches: Sequence[Any]
 ) -> Rehearsal:
-    world = World(size=ranks, local_size=ranks, device=DEVICE if on_gpu else "cpu")
+    world = world_of(recipe.config, ranks, device=DEVICE if on_gpu else "cpu")
     memory = Memory(on_gpu=on_gpu)
     with standing_in(world), rehearsing(memory):
         trainer = _assembled(recipe, prepared, world, memory)
@@ -184,12 +196,16 @@ def state_size(trainer: Any) -> int:
 def _assembled(recipe: Recipe, prepared: Prepared, world: World, memory: Memory) -> Any:
     """The trainer, equipped as `Trainer.setup` does it, without files."""
     from arctic_like.rundir import RunDirectory
+    from arctic_like.sequence import SequenceGroup
     from arctic_like.stop import StopRequest
     from arctic_like.trainer.assembly import Session, assemble
 
     trainer: Any = recipe.trainer(recipe.config)
     nowhere = RunDirectory(Path(tempfile.gettempdir()) / "arctic-plan")
-    session = Session(recipe, world, Alone(world), nowhere, StopRequest(), rehearsed=prepared)
+    session = Session(
+        recipe, world, Alone(world), nowhere, StopRequest(), sequence=SequenceGroup.of(world),
+        rehearsed=prepared,
+    )  # fmt: skip
     trainer.session = session
     with _parts_named(trainer, memory):
         trainer.equipment = assemble(trainer, session)
@@ -290,8 +306,8 @@ def _step(trainer: Any, micro_batches: Sequence[Any], memory: Memory) -> None:
 
     with _disable_current_modes():
         weights = [float(trainer.weight(data)) for data in micro_batches]
-    trainer.session.step_weight = total = max(sum(weights), 1.0) * trainer.world.size
-    share = trainer.world.size / total
+    trainer.session.step_weight = total = max(sum(weights), 1.0) * trainer.world.data_size
+    share = trainer.world.data_size / total
     with memory.during("forward", "activations"):
         trainer.emit("on_step_start")
         trainer.step(

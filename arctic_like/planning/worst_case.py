@@ -10,7 +10,7 @@ import numpy as np
 from arctic_like.data.base import PreparedData, SampleSet
 from arctic_like.data.collate import PaddingCollate
 from arctic_like.errors import Problem, RecipeError
-from arctic_like.planning.rehearsal import Prepared
+from arctic_like.planning.rehearsal import Prepared, world_of
 
 if TYPE_CHECKING:
     from arctic_like.data.base import Sample
@@ -49,7 +49,7 @@ def worst_case(config: Any, *, ranks: int) -> Prepared:
                     "leave out --no-data: the plan then prepares the data")
         )  # fmt: skip
     packed = bool(getattr(config.data, "pack_samples", False))
-    size = config.resolve_batch(ranks).global_batch_size
+    size = config.resolve_batch(world_of(config, ranks).data_size).global_batch_size
     sample, weight = _sample(kind, int(length), packed=packed)
     train = WorstCase(sample, weight, size)
     data = PreparedData(train, {}, PaddingCollate(0), {"max_length": int(length)})

@@ -104,7 +104,7 @@ def test_a_plan_that_fails_or_takes_too_long_is_a_sentence(
 def test_names_the_cheapest_change_for_the_gpu(failed: tuple[Path, int, str]) -> None:
     """1 GiB is allowed for CUDA; 1 MB is too little for 0.55 MB of weights, gradients and states (16 bytes of
     35,360 numbers) with the activations of 2 x 72 tokens, and enough with those of 1 x 72."""
-    page = plan_for_failure(failed[0] / "run", ranks=1, memory=2.0**30 + 1e6)
+    page = plan_for_failure(failed[0] / "run", ranks=1, memory=2.0**30 + 1e6, seconds=500)
     assert "first without room: the activations" in page
     assert "cheapest change that fits:\n  micro_batch_size=1\n" in page
 

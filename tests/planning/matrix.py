@@ -93,6 +93,10 @@ TWO_RANKS: dict[str, dict[str, Any]] = {
     "two-qwen3-lora-bf16-stage-2": {
         "model__config": QWEN, "model__peft_config": LORA, **BF16, **stage(2)
     },
+    "two-llama-sharing-rows": {"sequence_parallel_size": 2},
+    "two-qwen3-sharing-rows-checkpointed-bf16-stage-3": {
+        "sequence_parallel_size": 2, "model__config": QWEN, **CHECKPOINTED, **BF16, **stage(3)
+    },
     "two-gpt2-padded-stage-2": {"model__config": GPT2, **PADDED, **stage(2)},
 }  # fmt: skip
 DEFAULT = ("llama", "llama-bf16-stage-2", "llama-padded", "llama-lora-checkpointed", "qwen3",

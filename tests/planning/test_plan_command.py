@@ -74,6 +74,18 @@ def test_suggests_a_recipe_that_fits_where_states_are_too_large(path: Path) -> N
 
 
 @pytest.mark.full
+def test_ranks_that_share_rows_have_half_of_the_activations(path: Path) -> None:
+    """Two ranks and the rows of one: of what grows with the tokens each has half. What does not (tiles of the
+    loss, gathered keys and values) is less than a sixth of it here."""
+    _, whole = planned(path, "--gpus", "1")
+    _, shared = planned(path, "sequence_parallel_size=2", "--gpus", "2")
+    assert shared["global_batch_size"] == whole["global_batch_size"]
+    assert shared["steps"] == whole["steps"]
+    share = shared["peak_by_kind"]["activations"] / whole["peak_by_kind"]["activations"]
+    assert 0.49 < share < 0.66
+
+
+@pytest.mark.full
 def test_partitions_shrink_with_the_ranks(path: Path) -> None:
     """Between steps ZeRO 3 holds (2 + 4 + 8) bytes a parameter, and its gradients' 4, over the ranks."""
     words = ("--gpus", "8", "deepspeed.zero_optimization.stage=3")
@@ -88,6 +100,8 @@ def test_partitions_shrink_with_the_ranks(path: Path) -> None:
 @pytest.mark.parametrize(("words", "said"), [
     (("--device", "h1000"), "is no device of the table"),
     (("--gpu-memory", "many"), "write 80GiB"),
+    (("--ranks", "2", "--gpus", "2"), "is for ranks on the CPU"),
+    (("sequence_parallel_size=2", "--gpus", "3"), "is 2, but 3 ranks are planned for"),
 ])  # fmt: skip
 def test_refuses_what_it_does_not_know(path: Path, words: tuple[str, ...], said: str) -> None:
     done = arctic_train("plan", str(path), *words, cwd=path.parent)
