@@ -74,15 +74,15 @@ def test_suggests_a_recipe_that_fits_where_states_are_too_large(path: Path) -> N
 
 
 @pytest.mark.full
-def test_ranks_that_share_rows_have_half_of_the_activations(path: Path) -> None:
-    """Two ranks and the rows of one: of what grows with the tokens each has half. What does not (tiles of the
-    loss, gathered keys and values) is less than a sixth of it here."""
-    _, whole = planned(path, "--gpus", "1")
-    _, shared = planned(path, "sequence_parallel_size=2", "--gpus", "2")
-    assert shared["global_batch_size"] == whole["global_batch_size"]
-    assert shared["steps"] == whole["steps"]
-    share = shared["peak_by_kind"]["activations"] / whole["peak_by_kind"]["activations"]
-    assert 0.49 < share < 0.66
+def test_ranks_that_share_rows_hold_their_tokens(path: Path) -> None:
+    """Half of each of 64 rows is as many tokens as 32 whole rows: the activations of a rank are alike, but for
+    the rows that attention sees whole, with half of the heads, and the copies that are exchanged."""
+    _, apart = planned(path, "micro_batch_size=32", "--no-data", "--gpus", "2")
+    words = ("sequence_parallel_size=2", "micro_batch_size=64", "--no-data", "--gpus", "2")
+    _, shared = planned(path, *words)
+    assert shared["global_batch_size"] == apart["global_batch_size"] == 64
+    held = [one["peak_by_kind"]["activations"] for one in (shared, apart)]
+    assert held[0] == pytest.approx(held[1], rel=0.15)
 
 
 @pytest.mark.full
