@@ -75,8 +75,8 @@ def test_suggests_a_recipe_that_fits_where_states_are_too_large(path: Path) -> N
 
 @pytest.mark.full
 def test_ranks_that_share_rows_hold_their_tokens(path: Path) -> None:
-    """Half of each of 64 rows is as many tokens as 32 whole rows: the activations of a rank are alike, but for
-    the rows that attention sees whole, with half of the heads, and the copies that are exchanged."""
+    """Half of each of 64 rows is as many tokens as 32 whole rows: activations are alike, but for what
+    attention sees whole, with half of the heads, and the copies that are exchanged."""
     _, apart = planned(path, "micro_batch_size=32", "--no-data", "--gpus", "2")
     words = ("sequence_parallel_size=2", "micro_batch_size=64", "--no-data", "--gpus", "2")
     _, shared = planned(path, *words)
