@@ -68,6 +68,9 @@ def test_it_is_planned_without_weights(tmp_path: Path, path: Path) -> None:
         "plan", str(recipe), "--no-data", "--gpus", str(gpus), "--gpu-memory", f"{memory[1]}GiB",
         "--json", cwd=tmp_path, timeout=600,
     )  # fmt: skip
+    if content["data"].get("type") == "embedding":  # how long its texts are the data alone say
+        assert "leave out --no-data" in done.stderr
+        return
     assert done.stdout.startswith("{"), done.stderr[-4000:]
     plan = json.loads(done.stdout)
     assert plan["fits"], plan
