@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -210,6 +211,24 @@ def test_four_ranks_share_layers_and_rows(more_runs: Divided, run: str) -> None:
 def test_a_run_goes_on_where_ranks_share_no_layers_and_back(more_runs: Divided, stage: int) -> None:
     """7 steps shared, 6 on two ranks that are whole, 7 shared."""
     more_runs.same(f"moving-{stage}", "llama-one")
+
+
+@pytest.mark.full
+def test_a_run_goes_on_with_fewer_groups_and_then_whole(tmp_path: Path) -> None:
+    """3 steps on four ranks as two groups, 2 on one group, 3 on one rank."""
+    runs = Divided(tmp_path)
+    made = runs.sft(model__config=QWEN3, checkpoint=SAVED[:1], train_iters=8, eval_interval=3)
+    runs.share("plain", made, stage=0, ranks=1, size=1)
+    for ranks, size, end in ((4, 2, 3), (2, 2, 5), (1, 1, 8)):
+        for stage in (2, 3):
+            runs.share(
+                f"on-{stage}-{ranks}", {**made, "exit_iteration": end}, stage=stage, ranks=ranks,
+                size=size, output_dir=str(tmp_path / f"on-{stage}"),
+                resume="" if ranks == 4 else "latest",
+            )  # fmt: skip
+        runs.launch()
+    for stage in (2, 3):
+        runs.same(f"on-{stage}", "plain", steps=8)
 
 
 @pytest.mark.full
