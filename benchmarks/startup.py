@@ -179,7 +179,9 @@ def start(command: list[str], folder: Path) -> tuple[float, str]:
     with (folder / "log.txt").open("w") as log:
         process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=folder,
-            env={**os.environ, "COLUMNS": "400", "HF_HUB_OFFLINE": "1"},
+            # one ninja for all: two versions of it compile DeepSpeed's operators anew in turns
+            env={**os.environ, "COLUMNS": "400", "HF_HUB_OFFLINE": "1",
+                 "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])},
         )  # fmt: skip
         assert process.stdout
         seconds, said = 0.0, ""
