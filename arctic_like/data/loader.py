@@ -234,6 +234,17 @@ class Loader:
                 self.samples.release(batch.position - _BEHIND * len(batch.samples))
             yield StepBatch(batch, _micro_batches(data, share, stand_in))
 
+    def step_of(self, samples: NDArray[np.int64], *, rounds: int | None = None) -> StepBatch:
+        """Some samples as if they were the first global batch, made at once. rounds: how many of this rank's
+        micro-batches, the largest first where they are balanced; None: all."""
+        share, stand_in = divided(
+            samples, self.samples, self.collate, self.division, rank=self.rank, size=self.size
+        )
+        fetch = _Fetch(self.samples, self.collate)
+        data = [_read(fetch[_located(self.samples, rows or [stand_in])]) for rows in share[:rounds]]
+        micro_batches = _micro_batches(data, share[:rounds], stand_in)
+        return StepBatch(GlobalBatch(0, 0, samples), micro_batches)
+
     def state(self, position: int) -> dict[str, Any]:
         """What a resume at `position` needs to know beside it; empty, but for streams."""
         found: dict[str, Any] = {}

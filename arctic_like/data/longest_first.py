@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
 
-from arctic_like.data.order import GlobalBatch, Plan
+from arctic_like.data.order import GlobalBatch, Plan, PlanOver
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -32,7 +32,7 @@ class ShuffledPlan(Plan, Protocol):
 
 
 @dataclass(frozen=True)
-class LongestFirst:
+class LongestFirst(PlanOver):
     """Another plan's order, with the longest samples of epoch 0 in front.
 
     They change places with those that stood there: everything else, and every later epoch, is as it was,
@@ -48,31 +48,6 @@ class LongestFirst:
     lengths: NDArray[np.int64]
     weights: NDArray[np.int64]
     count: int
-
-    @property
-    def size(self) -> int:
-        """Samples in the set."""
-        return self.plan.size
-
-    @property
-    def global_batch_size(self) -> int:
-        """Samples of a full global batch."""
-        return self.plan.global_batch_size
-
-    @property
-    def batches_per_epoch(self) -> int:
-        """Optimizer steps of one epoch."""
-        return self.plan.batches_per_epoch
-
-    @property
-    def samples_per_epoch(self) -> int:
-        """Samples of one epoch."""
-        return self.plan.samples_per_epoch
-
-    @property
-    def is_of_one_batch_size(self) -> bool:
-        """Whether a run must keep its global batch size."""
-        return bool(getattr(self.plan, "is_of_one_batch_size", False))
 
     def at(self, position: int) -> GlobalBatch:
         """The global batch that begins at `position`; it never reaches into the next epoch.

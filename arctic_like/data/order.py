@@ -308,20 +308,10 @@ class MixedPlan:
 
 
 @dataclass(frozen=True)
-class GroupedPlan:
-    """Another plan's samples, those of like length in one global batch (`group_by_length`).
-
-    Some global batches of the plan, a window, are taken together, sorted by length, cut anew and
-    put into a shuffled order; their last one stays short where it was. Depends on the plan, the
-    lengths and the seed alone. A window costs the same everywhere, so any position does.
-
-    lengths: tokens of each sample of the set, int64. window: global batches.
-    """
+class PlanOver:
+    """What a plan that changes the order of another has from that one."""
 
     plan: Plan
-    lengths: NDArray[np.int64]
-    seed: int
-    window: int = 64
 
     @property
     def size(self) -> int:
@@ -334,11 +324,6 @@ class GroupedPlan:
         return self.plan.global_batch_size
 
     @property
-    def is_of_one_batch_size(self) -> bool:
-        """Another global batch size has other windows: a run keeps its own."""
-        return True
-
-    @property
     def samples_per_epoch(self) -> int:
         """Samples of one epoch."""
         return self.plan.samples_per_epoch
@@ -347,6 +332,32 @@ class GroupedPlan:
     def batches_per_epoch(self) -> int:
         """Optimizer steps of one epoch."""
         return self.plan.batches_per_epoch
+
+    @property
+    def is_of_one_batch_size(self) -> bool:
+        """Whether a run must keep its global batch size."""
+        return bool(getattr(self.plan, "is_of_one_batch_size", False))
+
+
+@dataclass(frozen=True)
+class GroupedPlan(PlanOver):
+    """Another plan's samples, those of like length in one global batch (`group_by_length`).
+
+    Some global batches of the plan, a window, are taken together, sorted by length, cut anew and
+    put into a shuffled order; their last one stays short where it was. Depends on the plan, the
+    lengths and the seed alone. A window costs the same everywhere, so any position does.
+
+    lengths: tokens of each sample of the set, int64. window: global batches.
+    """
+
+    lengths: NDArray[np.int64]
+    seed: int
+    window: int = 64
+
+    @property
+    def is_of_one_batch_size(self) -> bool:
+        """Another global batch size has other windows: a run keeps its own."""
+        return True
 
     def at(self, position: int) -> GlobalBatch:
         """The global batch that begins at `position`. Raises IndexError where none begins there."""

@@ -18,7 +18,6 @@ from arctic_like.data.longest_first import LongestFirst
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from arctic_like.data.loader import StepBatch
     from arctic_like.trainer.base import Trainer
 
 ROUNDS = 2
@@ -69,7 +68,7 @@ def trial_step(
     from arctic_like.trainer.failures import in_step, out_of_memory
 
     on_cuda = trainer.device.startswith("cuda")
-    batch = _demanding(trainer, samples, rounds)
+    batch = trainer.equipment.loader.step_of(samples, rounds=rounds)
     with _silent(trainer), trainer.preserve_random_state():
         micro_batches = trainer._weigh(batch)
         if trainer.progress.stopped:
@@ -85,24 +84,6 @@ def trial_step(
         seconds = time.perf_counter() - start
     trainer.batch = None
     return seconds
-
-
-def _demanding(trainer: Trainer, samples: NDArray[Any], rounds: int | None) -> StepBatch:
-    """This rank's first micro-batches of a global batch, which are its largest."""
-    from arctic_like.data.loader import MicroBatch, StepBatch, divided
-    from arctic_like.data.order import GlobalBatch
-
-    loader = trainer.equipment.loader
-    share, stand_in = divided(
-        samples, loader.samples, loader.collate, loader.division,
-        rank=loader.rank, size=loader.size,
-    )  # fmt: skip
-    micro_batches = []
-    for rows in share[:rounds]:
-        read = rows or [stand_in]
-        data = loader.collate([loader.samples[row] for row in read])
-        micro_batches.append(MicroBatch(data, read, idle=not rows))
-    return StepBatch(GlobalBatch(0, 0, samples), micro_batches)
 
 
 @contextlib.contextmanager

@@ -8,10 +8,11 @@ from typing import Any, ClassVar
 import pytest
 
 from arctic_like import load_recipe
-from arctic_like.errors import RecipeError
 from arctic_like.registry import lookup
 from arctic_like.trainer.sequence import shares_sequences
 from arctic_like.trainer.sft import SFTTrainer
+
+from .refusals import refusal
 
 LLAMA = {
     "model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
@@ -27,12 +28,6 @@ def base(tmp_path: Path) -> dict[str, Any]:
         "model": {"config": LLAMA}, "tokenizer": {"type": "byte"}, "sequence_parallel_size": 2,
         "data": {"sources": [str(tmp_path / "rows.jsonl")], "pack_samples": False},
     }  # fmt: skip
-
-
-def refusal(recipe: dict[str, Any]) -> str:
-    with pytest.raises(RecipeError) as caught:
-        load_recipe(recipe)
-    return str(caught.value)
 
 
 @pytest.mark.parametrize(

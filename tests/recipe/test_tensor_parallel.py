@@ -9,8 +9,9 @@ import pytest
 
 from arctic_like import load_recipe
 from arctic_like.engine.ds_section import TENSOR_PARALLEL, tensor_parallel_size
-from arctic_like.errors import RecipeError
 from arctic_like.registry import lookup
+
+from .refusals import refusal
 
 LLAMA = {
     "model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
@@ -34,12 +35,6 @@ def base(tmp_path: Path) -> dict[str, Any]:
         "model": {"config": LLAMA, "dtype": "fp32"}, "tokenizer": {"type": "byte"},
         "deepspeed": section(), "data": {"sources": [str(tmp_path / "rows.jsonl")]},
     }  # fmt: skip
-
-
-def refusal(recipe: dict[str, Any]) -> str:
-    with pytest.raises(RecipeError) as caught:
-        load_recipe(recipe)
-    return str(caught.value)
 
 
 @pytest.mark.parametrize(
