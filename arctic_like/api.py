@@ -113,23 +113,14 @@ def execute(
 
 def _world(recipe: Recipe, device: str) -> World:
     """This process among all. Raises RecipeError where the ranks cannot be put into groups."""
-    from arctic_like.engine.ds_section import TENSOR_PARALLEL, tensor_parallel_size
+    from arctic_like.trainer.tensor_parallel import grouped
 
-    world, tokens = World.from_environment(device), recipe.config.sequence_parallel_size
-    layers = tensor_parallel_size(recipe.config.deepspeed)
-    if world.size % (tokens * layers):
-        places = {TENSOR_PARALLEL: layers, "sequence_parallel_size": tokens}
-        stated = [place for place, size in places.items() if size > 1]
-        together = f" × {stated[1]} ({tokens})" if len(stated) > 1 else ""
-        raise RecipeError(
-            Problem(
-                f"is {places[stated[0]]}{together}, but the run has {world.size} "
-                f"{'rank' if world.size == 1 else 'ranks'}",
-                stated[0],
-                "start a multiple of it (--num_gpus), or set it to a divisor",
-            )
-        )
-    return replace(world, sequence_parallel_size=tokens, tensor_parallel_size=layers)
+    world = World.from_environment(device)
+    return grouped(
+        world, recipe.config,
+        but=f"the run has {world.size} {'rank' if world.size == 1 else 'ranks'}",
+        hint="start a multiple of it (--num_gpus), or set it to a divisor",
+    )  # fmt: skip
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Mapping
@@ -134,6 +135,8 @@ class ModelCost:
 
 def model_cost(module: nn.Module) -> ModelCost | None:
     """The cost of a transformers model; None for any other."""
+    from arctic_like.engine.divided import whole_shape
+
     config = getattr(module, "config", None)
     config = getattr(config, "text_config", None) or config
     heads, layers = (
@@ -153,7 +156,7 @@ def model_cost(module: nn.Module) -> ModelCost | None:
     for name, parameter in module.named_parameters():
         if parameter in embeddings:
             continue
-        count = float(getattr(parameter, "ds_numel", parameter.numel()))
+        count = float(math.prod(whole_shape(parameter)))
         if experts and ".experts." in name:
             count *= chosen / experts
         parameters += count

@@ -108,15 +108,9 @@ def _bytes(text: str) -> float:
 
 
 def _prepared(recipe: Recipe, machine: Machine, *, no_data: bool) -> Prepared:
-    from arctic_like.engine.ds_section import TENSOR_PARALLEL, tensor_parallel_size
-    from arctic_like.planning.rehearsal import Prepared
+    from arctic_like.planning.rehearsal import Prepared, world_of
 
-    layers = tensor_parallel_size(getattr(recipe.config, "deepspeed", None))
-    if layers > 1:
-        raise RecipeError(
-            Problem(f"is {layers}: a plan cannot rehearse ranks that share layers yet",
-                    TENSOR_PARALLEL, "plan with 1 for all but the weights of layers")
-        )  # fmt: skip
+    world_of(recipe.config, machine.ranks)  # refuses what no data would make possible
     if no_data:
         from arctic_like.planning.worst_case import worst_case
 

@@ -140,6 +140,11 @@ def closed(engine: Any) -> None:
     _engines.discard(engine)
 
 
+def forget() -> None:
+    """The process's groups are gone, and every engine with them."""
+    _engines.clear()
+
+
 def _group() -> Any:
     from deepspeed.utils import groups
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from arctic_like.engine.ds_config import offload_device, zero_stage
+from arctic_like.engine.ds_section import tensor_parallel_size
 from arctic_like.errors import RecipeError, RunError
 from arctic_like.planning.plan import Machine, Plan
 from arctic_like.planning.rehearsal import world_of
@@ -40,8 +41,9 @@ Replan = Callable[[tuple[str, ...]], Plan]
 
 
 def changes(config: Any, machine: Machine) -> Iterator[Change]:
-    """What could be done, the cheapest first. None of it changes what is learned but by rounding."""
-    micro = config.rows
+    """What could be done, the cheapest first. None of it changes what is learned but by rounding, and ranks
+    that share layers go on to: what cannot be combined with that is left out."""
+    micro, layers = config.rows, tensor_parallel_size(config.deepspeed)
     if micro > 1:
         yield smaller(config, _half(config), machine)
         if _half(config) > 1:
@@ -50,10 +52,12 @@ def changes(config: Any, machine: Machine) -> Iterator[Change]:
     stage = zero_stage(config.deepspeed)
     # an optimizer that is a CUDA kernel does not run on the host
     kernel = ("optimizer.type=cpu_adam",) if config.optimizer.type in CUDA_ONLY else ()
-    if machine.ranks > 1:
+    if machine.ranks > layers:  # ZeRO divides among ranks with the same part of the layers
         for higher in range(max(stage, 1) + 1 if stage else 1, 4):
             price = "weights are gathered in every forward and backward" if higher == 3 else "none"
             yield Change((STAGE.format(higher),), price)
+    if layers > 1:
+        return
     if machine.on_gpu and offload_device(config.deepspeed, "offload_optimizer") == "none":
         raised = () if stage else (STAGE.format(1),)
         yield Change(
@@ -117,7 +121,7 @@ def _activations(config: Any, machine: Machine) -> Iterator[Change]:
     if can and (off or how != "full"):
         words = (CHECKPOINT, *(["model.disable_activation_checkpoint=false"] if off else []))
         yield Change(words, "one more forward, about a third of the step")
-    if not config.tiled_mlp_compute:
+    if not config.tiled_mlp_compute and tensor_parallel_size(config.deepspeed) == 1:
         yield Change((TILES,), "MLPs are computed once more in the backward")
     if machine.on_gpu and can and not config.activation_checkpoint_cpu_offload:
         yield Change((*words, AWAY), "inputs of layers go to the host's memory and back")

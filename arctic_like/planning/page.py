@@ -57,6 +57,8 @@ def _time(plan: Plan) -> Iterator[str]:
             yield ""
         return
     yield _row("step", duration(time.total), f"bound by {time.bound_by}")
+    if time.exchanges:
+        yield _row("  of it between ranks", duration(time.exchanges), "for which layers wait")
     if plan.steps is not None:
         yield _row("whole run", duration(time.total * plan.steps), "steps alone")
     yield f"  from the device's published figures, matrix products at {EFFICIENCY:.0%} of its peak"

@@ -121,7 +121,7 @@ def make_plan(
 def _timed(
     config: Any, course: Course, found: Rehearsal, machine: Machine
 ) -> tuple[float, StepTime | None]:
-    from arctic_like.engine.ds_config import zero_stage
+    from arctic_like.engine.ds_section import tensor_parallel_size, zero_stage
 
     cost = found.cost
     if cost is None or not course.steps:
@@ -133,14 +133,17 @@ def _timed(
         return flops, None
     forward = 2 * cost.parameters * tokens + 4 * cost.attention * squares
     again = recomputed_share(config.model) * forward + 2 * found.tiled * tokens
-    stage = zero_stage(config.deepspeed)
+    stage, layers = zero_stage(config.deepspeed), tensor_parallel_size(config.deepspeed)
+    in_group = tokens * layers * config.sequence_parallel_size
     width = 4 if config.model.dtype == "fp32" else 2
     work = Work(
         model_flops=flops, recomputed_flops=again,
-        bytes_weights=width * found.parameters,
-        bytes_gradients=found.trained * (4 if stage else width),
-        bytes_trained_weights=width * found.trained, trained=found.trained,
-        micro_batches=course.rounds, stage=stage, ranks=machine.ranks,
+        bytes_weights=width * found.own,
+        bytes_gradients=found.own_trained * (4 if stage else width),
+        bytes_trained_weights=width * found.own_trained, trained=found.own_trained,
+        micro_batches=course.rounds, stage=stage, ranks=machine.ranks // layers,
+        repeated_flops=6 * found.repeated * tokens * (layers - 1),
+        bytes_exchanged=found.exchanged * in_group,
     )  # fmt: skip
     return flops, step_time(work, machine.device)
 

@@ -7,8 +7,9 @@ ZeRO's buffers count because they are there. Takes seconds, no GPU, no weights.
 
 from __future__ import annotations
 
+import math
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 from arctic_like.engine.host import HostGroup
-from arctic_like.errors import Problem, RecipeError
+from arctic_like.planning.exchanges import Exchanges
 from arctic_like.planning.memory import DEVICE, Memory, Peak
 from arctic_like.planning.stand_ins import standing_in
 from arctic_like.planning.tensors import rehearsing
@@ -54,6 +55,13 @@ class Rehearsal:
     cost: Any = None
     tiled: int = 0
     """Parameters of MLPs that compute piece by piece, and so once more in the backward."""
+    own: int = 0
+    own_trained: int = 0
+    """Parameters of which this rank's ZeRO group has weights: all, or its part of those that ranks share."""
+    repeated: float = 0.0
+    """Parameters that a token is multiplied with on every rank that shares layers: the head and norms."""
+    exchanged: float = 0.0
+    """Bytes that a rank sends a token to those that share its rows or its layers."""
 
 
 class Alone(HostGroup):
@@ -86,13 +94,13 @@ class Alone(HostGroup):
 
 def world_of(config: Any, ranks: int, *, device: str = "cpu") -> World:
     """Rank zero of so many on one machine. Raises RecipeError where they cannot be put into groups."""
-    shared = int(getattr(config, "sequence_parallel_size", 1))
-    if ranks % shared:
-        raise RecipeError(
-            Problem(f"is {shared}, but {ranks} ranks are planned for", "sequence_parallel_size",
-                    "plan for a multiple of it (--gpus)")
-        )  # fmt: skip
-    return World(size=ranks, local_size=ranks, device=device, sequence_parallel_size=shared)
+    from arctic_like.trainer.tensor_parallel import grouped
+
+    return grouped(
+        World(size=ranks, local_size=ranks, device=device), config,
+        but=f"{ranks} {'rank is' if ranks == 1 else 'ranks are'} planned for",
+        hint="plan for a multiple of it (--gpus)",
+    )  # fmt: skip
 
 
 def rehearse(
@@ -119,28 +127,61 @@ def _rehearsed(
     recipe: Recipe, prepared: Prepared, ranks: int, *, on_gpu: bool, micro_batches: Sequence[Any]
 ) -> Rehearsal:
     world = world_of(recipe.config, ranks, device=DEVICE if on_gpu else "cpu")
-    memory = Memory(on_gpu=on_gpu)
-    with standing_in(world), rehearsing(memory):
+    memory, exchanges = Memory(on_gpu=on_gpu), Exchanges()
+    with standing_in(world), rehearsing(memory, exchanges):
         trainer = _assembled(recipe, prepared, world, memory)
         vocabulary = getattr(getattr(trainer.module, "config", None), "vocab_size", None)
         memory.vocabulary = vocabulary
         label(trainer, memory)
+        shared = _groups(trainer)
+        before = exchanges.through(shared)
         for _ in range(STEPS):
             with memory.during("step", "activations"):
                 _step(trainer, micro_batches, memory)
             label(trainer, memory)
         steady = memory.live("device")
         _capture(trainer, memory)
-        parameters = {
-            p: int(getattr(p, "ds_numel", p.numel())) for p in trainer.module.parameters()
-        }
         from arctic_like.callbacks.throughput import model_cost
+        from arctic_like.engine.divided import division_of, whole_shape
+        from arctic_like.engine.layout import shape_of
 
+        weights = list(trainer.module.parameters())
+        trained = [p for p in weights if p.requires_grad]
+        cost = model_cost(trainer.module)
+        divided = [p for p in weights if division_of(p)]
+        tokens = STEPS * _tokens(micro_batches)
         return Rehearsal(
-            memory.peaks["device"], memory.peaks["host"], sum(parameters.values()),
-            sum(count for p, count in parameters.items() if p.requires_grad),
-            steady, model_cost(trainer.module), _tiled(trainer.module, micro_batches),
+            memory.peaks["device"], memory.peaks["host"],
+            _count(map(whole_shape, weights)), _count(map(whole_shape, trained)),
+            steady, cost, _tiled(trainer.module, micro_batches),
+            own=_count(map(shape_of, weights)), own_trained=_count(map(shape_of, trained)),
+            repeated=cost.parameters - _count(map(whole_shape, divided)) if cost and divided else 0,
+            exchanged=(exchanges.through(shared) - before) / tokens if tokens else 0.0,
         )  # fmt: skip
+
+
+def _count(shapes: Iterable[tuple[int, ...]]) -> int:
+    return sum(map(math.prod, shapes))
+
+
+def _groups(trainer: Any) -> list[Any]:
+    """Process groups of ranks that share rows or layers."""
+    from deepspeed.utils import groups
+
+    found = [trainer.session.sequence.group]
+    if trainer.world.tensor_parallel_size > 1:
+        found.append(groups.get_tensor_model_parallel_group())
+    return [group for group in found if group is not None]
+
+
+def _tokens(micro_batches: Sequence[Any]) -> float:
+    """Of documents in which something is trained."""
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    from arctic_like.callbacks.throughput import documents
+
+    with _disable_current_modes():
+        return sum(documents(data)[0] for data in micro_batches if isinstance(data, dict))
 
 
 def _tiled(module: Any, micro_batches: Sequence[Any]) -> int:

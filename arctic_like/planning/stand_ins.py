@@ -3,7 +3,7 @@
 - The process group is torch's "fake" backend: collectives return at once, of any number of ranks.
 - A GPU is the CPU by another index (`memory.DEVICE`), so that what lies on the host is told apart.
 - Models are built without weights; values that only real ones have (fingerprints, DeepSpeed's comparisons
-  between ranks, whether a gradient overflows) are not asked for.
+  between ranks, whether a gradient overflows) are not asked for. Objects are not sent: ranks have the same.
 - FlashAttention, which needs CUDA, is a function that keeps exactly what it keeps.
 
 All of it is taken back at the end. The process must not have process groups of its own.
@@ -20,6 +20,7 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
+from arctic_like.engine import divided
 from arctic_like.errors import RunError
 from arctic_like.planning.memory import DEVICE
 
@@ -76,6 +77,7 @@ def _group(world: World) -> Iterator[None]:
             dist.destroy_process_group()
             comm.cdb = None
             _forget_groups()
+            divided.forget()
 
 
 def _forget_groups() -> None:
@@ -217,6 +219,9 @@ def _find_head(model: Any, *, device: str) -> Any:
 def _deepspeed(stack: ExitStack) -> None:
     from arctic_like.optimizer import adam
 
+    backend = importlib.import_module("deepspeed.comm.torch").TorchBackend
+    stack.enter_context(patch.object(backend, "broadcast_object_list", lambda *_, **__: None))
+    stack.enter_context(patch.object(backend, "init_device_mesh", _mesh))
     for factory in (adam.FusedAdamFactory, adam.CPUAdamFactory):
         stack.enter_context(patch.object(factory, "build", _adamw))
     for name in ZERO_MODULES:
@@ -224,6 +229,13 @@ def _deepspeed(stack: ExitStack) -> None:
         for comparison in COMPARISONS:
             if hasattr(module, comparison):
                 stack.enter_context(patch.object(module, comparison, lambda *_, **__: None))
+
+
+def _mesh(_: Any, shape: tuple[int, ...], mesh_dim_names: tuple[str, ...]) -> Any:
+    """DeepSpeed's groups of ranks that share layers: of a kind of device, which has no index."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    return init_device_mesh("cpu", shape, mesh_dim_names=mesh_dim_names)
 
 
 def _adamw(self: Any, *, model: Any, device: str, offload: bool) -> Any:

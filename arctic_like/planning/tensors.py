@@ -5,23 +5,24 @@ from __future__ import annotations
 from typing import Any
 
 import arctic_like.planning.known as known
+from arctic_like.planning.exchanges import Exchanges
 from arctic_like.planning.memory import Memory
 
 
-def rehearsing(memory: Memory) -> Any:
-    """A context in which tensors have no memory, those that are made are counted, and values of whole numbers
-    are known (`known.py`)."""
+def rehearsing(memory: Memory, exchanges: Exchanges | None = None) -> Any:
+    """A context in which tensors have no memory, those that are made are counted, what collectives send is
+    too, and values of whole numbers are known (`known.py`)."""
     from contextlib import ExitStack
 
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     stack = ExitStack()
     stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-    stack.enter_context(_mode(memory))
+    stack.enter_context(_mode(memory, exchanges or Exchanges()))
     return stack
 
 
-def _mode(memory: Memory) -> Any:
+def _mode(memory: Memory, exchanges: Exchanges) -> Any:
     import torch
     from torch._subclasses.fake_tensor import FakeTensor
     from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
@@ -34,6 +35,7 @@ def _mode(memory: Memory) -> Any:
             self, function: Any, types: Any, args: Any = (), kwargs: Any = None
         ) -> Any:
             kwargs = kwargs or {}
+            exchanges.see(function, args)
             special = _SPECIAL.get(function)
             if special is not None:
                 return special(args, kwargs)

@@ -1,6 +1,6 @@
 """How long a step takes, from numbers that a device's maker publishes and two that are stated here.
 
-    step = max(compute, memory, communication)        compute and communication overlap
+    step = exchanges + max(compute, memory, communication)    compute and communication overlap
 
 - compute: (model FLOPs + recomputed FLOPs) / (peak · EFFICIENCY). Model FLOPs are those that `throughput`
   counts (Chowdhery et al. 2022, PaLM, appendix B; documents of a packed row by themselves, chosen experts,
@@ -9,7 +9,9 @@
   gradients are written once a micro-batch; the update reads and writes masters and states once.
 - communication, of P trained and A all parameters over n ranks, ring algorithms (Rajbhandari et al. 2020,
   ZeRO, section 7): gradients are reduced once a micro-batch at stages 2 and 3, once a step at 0 and 1;
-  weights are gathered once a step at stages 1 and 2, twice a micro-batch at stage 3.
+  weights are gathered once a step at stages 1 and 2, twice a micro-batch at stage 3. Where ranks share
+  layers, P and A are a rank's part of them, and n the ranks that have the same part.
+- exchanges: what ranks that share rows or layers send each other (`exchanges.py`), for which layers wait.
 
 An estimate: sizes of single kernels, data loading and the host are not in it.
 """
@@ -28,7 +30,9 @@ LINK_EFFICIENCY = 0.7
 @dataclass(frozen=True)
 class Work:
     """What one step asks of one rank. bytes_weights: of all weights in the model's dtype; bytes_gradients: of
-    all gradients as they are sent; trained: number of trained parameters."""
+    all gradients as they are sent; trained: number of trained parameters; ranks: among which ZeRO divides.
+    Where ranks share layers all these are of a rank's part, and repeated_flops what each of them does of
+    what is not divided, beyond its share of the model's. bytes_exchanged: sent by a rank, in all layers."""
 
     model_flops: float
     recomputed_flops: float
@@ -39,6 +43,8 @@ class Work:
     micro_batches: int
     stage: int
     ranks: int
+    repeated_flops: float = 0.0
+    bytes_exchanged: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -48,11 +54,12 @@ class StepTime:
     compute: float
     memory: float
     communication: float
+    exchanges: float = 0.0
 
     @property
     def total(self) -> float:
         """Of the step."""
-        return max(self.compute, self.memory, self.communication)
+        return self.exchanges + max(self.compute, self.memory, self.communication)
 
     @property
     def bound_by(self) -> str:
@@ -63,7 +70,7 @@ class StepTime:
 
 def step_time(work: Work, device: Device) -> StepTime:
     """Seconds of one optimizer step."""
-    flops = work.model_flops + work.recomputed_flops
+    flops = work.model_flops + work.recomputed_flops + work.repeated_flops
     passes = 3 if work.recomputed_flops else 2
     traffic = work.micro_batches * (passes * work.bytes_weights + 2 * work.bytes_gradients)
     updated = work.trained / (work.ranks if work.stage else 1)
@@ -72,6 +79,7 @@ def step_time(work: Work, device: Device) -> StepTime:
         flops / (device.flops * EFFICIENCY),
         traffic / device.bandwidth,
         sent(work) / (device.link * LINK_EFFICIENCY),
+        work.bytes_exchanged / (device.link * LINK_EFFICIENCY),
     )
 
 

@@ -3,7 +3,7 @@
 The run is built once apart from the run itself, and steps are done with 1, 2, 4, … rows at once, on the
 longest samples for memory and on an ordinary global batch for time. The global batch stays, so nothing that
 is trained changes but by rounding. What it was tried on is thrown away. A checkpoint knows the size, and a
-resume on as many ranks takes it from there.
+resume on as many ranks, which share layers and rows as before, takes it from there.
 """
 
 from __future__ import annotations
@@ -69,14 +69,15 @@ def with_rows(recipe: Recipe, session: Session) -> Recipe:
 
 
 def _saved(session: Session) -> int:
-    """What the checkpoint says, where as many ranks go on from it."""
+    """What the checkpoint says, where ranks go on from it that hold as much of model and rows."""
     if session.resume is None:
         return 0
     from arctic_like.trainer.saver import saved_state
+    from arctic_like.trainer.trial import ranks_otherwise
 
     saved: Mapping[str, Any] = saved_state(session.resume)
-    same = saved["world_size"] == session.world.size
-    return int(saved.get("micro_batch_size", 0)) if same else 0
+    otherwise = ranks_otherwise(saved, session.world)
+    return 0 if otherwise else int(saved.get("micro_batch_size", 0))
 
 
 def _stated(recipe: Recipe, rows: int, **more: Any) -> Recipe:

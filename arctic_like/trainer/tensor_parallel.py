@@ -4,6 +4,7 @@ models' part."""
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from arctic_like.engine.ds_rules import division_problems
@@ -13,6 +14,8 @@ from arctic_like.registry import lookup
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from arctic_like.world import World
 
 
 def dividing_problems(config: Any, trainer: type | None) -> Iterator[Problem]:
@@ -48,6 +51,20 @@ def dividing_problems(config: Any, trainer: type | None) -> Iterator[Problem]:
             yield Problem(
                 f"needs whole layers on every rank, but {said}", f"callbacks.{number}", hint
             )
+
+
+def grouped(world: World, config: Any, *, but: str, hint: str) -> World:
+    """The world with the recipe's groups: those that share rows and those that share layers.
+
+    Raises RecipeError where so many ranks cannot be put into groups; `but` says how many there are.
+    """
+    layers, tokens = tensor_parallel_size(config.deepspeed), config.sequence_parallel_size
+    if world.size % (tokens * layers):
+        places = {TENSOR_PARALLEL: layers, "sequence_parallel_size": tokens}
+        stated = [place for place, size in places.items() if size > 1]
+        together = f" × {stated[1]} ({tokens})" if len(stated) > 1 else ""
+        raise RecipeError(Problem(f"is {places[stated[0]]}{together}, but {but}", stated[0], hint))
+    return replace(world, sequence_parallel_size=tokens, tensor_parallel_size=layers)
 
 
 def _model_problems(place: str, model: Any, size: int, tokens: int) -> Iterator[Problem]:

@@ -19,13 +19,14 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from arctic_like.trainer.base import Trainer
+    from arctic_like.world import World
 
 ROUNDS = 2
 """Micro-batches that say all about memory: the second is computed while gradients of the first are there."""
 
 
 def try_before_resuming(trainer: Trainer, checkpoint: Path) -> None:
-    """Do the run's first step again where the checkpoint is of another number of ranks or another
+    """Do the run's first step again where the checkpoint is of other ranks (`ranks_otherwise`) or another
     micro-batch size; weights, states and generators are then those of a trial, until it is loaded.
     Collective. Raises what a step raises."""
     from loguru import logger
@@ -45,12 +46,25 @@ def try_before_resuming(trainer: Trainer, checkpoint: Path) -> None:
 
 
 def _divided_otherwise(trainer: Trainer, saved: Mapping[str, Any]) -> str:
-    world, info = trainer.world, trainer.equipment.info
-    if saved["world_size"] != world.size:
-        return f"{world.size} ranks instead of {saved['world_size']}"
+    info = trainer.equipment.info
+    if otherwise := ranks_otherwise(saved, trainer.world):
+        return otherwise
     before = saved.get("micro_batch_size", info.micro_batch_size)
     if before != info.micro_batch_size:
         return f"micro-batches of {info.micro_batch_size} instead of {before}"
+    return ""
+
+
+def ranks_otherwise(saved: Mapping[str, Any], world: World) -> str:
+    """What of the ranks a checkpoint was saved with otherwise than it is here, and changes what one of them
+    holds: how many there are, how many share layers, how many share rows. Empty where all is as it was."""
+    if saved["world_size"] != world.size:
+        return f"{world.size} ranks instead of {saved['world_size']}"
+    shared = {"layers": "tensor_parallel_size", "rows": "sequence_parallel_size"}
+    for what, key in shared.items():
+        before, now = saved.get(key, 1), getattr(world, key)
+        if before != now:
+            return f"{what} shared by {now} {'rank' if now == 1 else 'ranks'} instead of {before}"
     return ""
 
 

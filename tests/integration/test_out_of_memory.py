@@ -110,8 +110,10 @@ def test_names_the_cheapest_change_for_the_gpu(failed: tuple[Path, int, str]) ->
 
 
 @pytest.mark.full
-def test_of_two_ranks_one_plans(tmp_path: Path) -> None:
-    done = arctic_train(str(write(tmp_path, train_iters=4)), "--num_gpus", "2", cwd=tmp_path)
+@pytest.mark.parametrize("layers", [1, 2])
+def test_of_two_ranks_one_plans(tmp_path: Path, layers: int) -> None:
+    path = write(tmp_path, train_iters=4, deepspeed__tensor_parallel={"autotp_size": layers})
+    done = arctic_train(str(path), "--num_gpus", "2", cwd=tmp_path)
     text = done.stdout + done.stderr
     assert done.returncode == 1
     assert "Traceback" not in text

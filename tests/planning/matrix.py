@@ -8,6 +8,7 @@ SIZES = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 2,
          "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256}  # fmt: skip
 LLAMA = {**SIZES, "model_type": "llama"}
 QWEN = {**SIZES, "model_type": "qwen3", "head_dim": 32, "tie_word_embeddings": True}
+QWEN2 = {**SIZES, "model_type": "qwen2"}
 GEMMA = {**SIZES, "model_type": "gemma3_text", "head_dim": 32, "sliding_window": 64}
 GPT2 = {"model_type": "gpt2", "n_embd": 128, "n_layer": 2, "n_head": 4, "n_positions": 256}
 MIXTRAL = {**SIZES, "model_type": "mixtral", "num_local_experts": 4, "intermediate_size": 128}
@@ -28,6 +29,7 @@ BF16_STATES = {
         "enabled": True, "bf16_master_weights_and_grads": True, "bf16_optimizer_states": True
     },
 }  # fmt: skip
+LAYERS = {"deepspeed__tensor_parallel": {"autotp_size": 2}}
 SAVED_MEANWHILE = {"type": "deepspeed", "asynchronous": True, "save_every_n_steps": 1}
 
 
@@ -98,6 +100,22 @@ TWO_RANKS: dict[str, dict[str, Any]] = {
         "sequence_parallel_size": 2, "model__config": QWEN, **CHECKPOINTED, **BF16, **stage(3)
     },
     "two-gpt2-padded-stage-2": {"model__config": GPT2, **PADDED, **stage(2)},
+    "two-llama-sharing-layers": LAYERS,
+    "two-llama-sharing-layers-stage-1": {**LAYERS, **stage(1)},
+    "two-llama-sharing-layers-stage-2": {**LAYERS, **stage(2)},
+    "two-llama-sharing-layers-stage-3": {**LAYERS, **stage(3)},
+    "two-llama-sharing-layers-bf16-stage-2": {**LAYERS, **BF16, **stage(2)},
+    "two-llama-sharing-layers-checkpointed-bf16-stage-2": {
+        **LAYERS, **CHECKPOINTED, **BF16, **stage(2)
+    },
+    "two-llama-sharing-layers-checkpointed-bf16-stage-3": {
+        **LAYERS, **CHECKPOINTED, **BF16, **stage(3)
+    },
+    "two-llama-sharing-layers-padded-accumulated-stage-2": {
+        **LAYERS, **PADDED, "micro_batch_size": 4, "gradient_accumulation_steps": 2, **stage(2)
+    },
+    "two-qwen3-sharing-layers-bf16-stage-3": {**LAYERS, "model__config": QWEN, **BF16, **stage(3)},
+    "two-qwen2-sharing-layers-checkpointed": {**LAYERS, "model__config": QWEN2, **CHECKPOINTED},
 }  # fmt: skip
 DEFAULT = ("llama", "llama-bf16-stage-2", "llama-padded", "llama-lora-checkpointed", "qwen3",
            "mixtral")  # fmt: skip

@@ -64,6 +64,22 @@ def test_what_is_offered_is_a_recipe(path: Path) -> None:
             load_recipe(path, [*words, *change.overrides])
 
 
+def test_ranks_that_share_layers_go_on_to(path: Path) -> None:
+    """What cannot be combined with it is not offered, nor a higher stage where no two ranks have one part."""
+    words = ("deepspeed.tensor_parallel.autotp_size=2", "deepspeed.zero_optimization.stage=2")
+    four, two = Machine(4, on_gpu=True), Machine(2, on_gpu=True)
+    stage = "deepspeed.zero_optimization.stage=3"
+    assert offered(path, *words, machine=four) == [AWAY, stage]
+    assert offered(path, *words, machine=two) == [AWAY]
+    config = load_recipe(path, list(words)).config
+    for change in changes(config, four):
+        changed = load_recipe(path, [*words, *change.overrides]).config
+        assert changed.deepspeed["tensor_parallel"] == {"autotp_size": 2}
+        assert (
+            changed.resolve_batch(2).global_batch_size == config.resolve_batch(2).global_batch_size
+        )
+
+
 def test_on_a_cpu_nothing_goes_to_the_host(path: Path) -> None:
     assert AWAY not in offered(path, machine=Machine())
 

@@ -37,6 +37,29 @@ SHAPES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("degree", [2, 4, 8])
+def test_a_rank_holds_its_part_of_layers_that_are_shared(tmp_path: Path, degree: int) -> None:
+    """Four layers of Llama 8B on eight GPUs: of their projections a rank has 1/degree, and all the rest."""
+    shape = {**LLAMA, "num_hidden_layers": 4}
+    recipe = tmp_path / "shared.yaml"
+    content = {
+        "type": "sft", "model": {"config": shape}, "tokenizer": {"type": "byte"}, "micro_batch_size": 1,
+        "global_batch_size": 8, "data": {"sources": ["none.jsonl"], "max_length": 2048},
+        "deepspeed": {"tensor_parallel": {"autotp_size": degree}, "zero_optimization": {"stage": 2}},
+    }  # fmt: skip
+    recipe.write_text(yaml.safe_dump(content))
+    done = arctic_train("plan", str(recipe), "--no-data", "--gpus", "8", "--json", cwd=tmp_path)
+    assert done.stdout.startswith("{"), done.stderr[-4000:]
+    plan = json.loads(done.stdout)
+    divided = 4 * 4096 * (2 * 4096 + 2 * 1024 + 3 * 14336)
+    whole = 2 * 128256 * 4096 + 9 * 4096
+    assert plan["parameters"] == divided + whole
+    own = divided / degree + whole
+    assert math.isclose(plan["between_steps"]["weights"], 2 * own, rel_tol=0.001)
+    assert math.isclose(plan["between_steps"]["optimizer"], 12 * own * degree / 8, rel_tol=0.001)
+
+
 def folder_of(name: str, root: Path) -> str:
     """A folder with the config of a model of the Hub, and nothing else."""
     key = next(key for key in SHAPES if key in name)

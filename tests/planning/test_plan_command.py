@@ -9,11 +9,15 @@ from typing import Any
 import pytest
 import yaml
 
+from arctic_like.planning.devices import DEVICES
+from arctic_like.planning.timing import LINK_EFFICIENCY
 from tests.integration.tools import arctic_train, recipe, write_conversations, write_recipe
 from tests.planning.matrix import LLAMA
 
 BIG = {**LLAMA, "hidden_size": 512, "intermediate_size": 1024, "vocab_size": 4096}
 """Some 9 million parameters: 162 MB of weights, gradients and states in bf16."""
+
+LAYERS = "deepspeed.tensor_parallel.autotp_size=2"
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +89,31 @@ def test_ranks_that_share_rows_hold_their_tokens(path: Path) -> None:
     assert held[0] == pytest.approx(held[1], rel=0.15)
 
 
+def test_ranks_that_share_layers_hold_and_send_a_part_of_them(path: Path) -> None:
+    """Of two layers with q, k, v, o of 512 x (512, 256, 256, 512) and an MLP of 3 x 512 x 1024 a rank has
+    half; embedding, head and five norms it has whole. A layer sums two results in the forward and the
+    gradients of five inputs in the backward, 512 bf16 numbers a token each; of two ranks each sends as much
+    as it has."""
+    words = (LAYERS, "deepspeed.zero_optimization.stage=3", "--no-data", "--gpus", "4")
+    _, found = planned(path, *words, "--device", "h100")
+    divided = 2 * 512 * (512 + 256 + 256 + 512 + 3 * 1024)
+    whole = 2 * 4096 * 512 + 5 * 512
+    assert found["parameters"] == found["trained_parameters"] == divided + whole
+    kept = found["between_steps"]
+    # ZeRO 3 divides the rest between two groups; small weights stay whole
+    assert kept["optimizer"] == pytest.approx(12 * (divided / 2 + whole) / 2, rel=0.01)
+    assert kept["weights"] == pytest.approx(2 * (divided / 2 + whole) / 2, rel=0.15)
+    tokens = found["tokens"] / found["steps"] / 2  # of a group
+    sent = found["step_seconds_by_part"]["exchanges"] * DEVICES["h100"].link * LINK_EFFICIENCY
+    assert sent == pytest.approx(2 * 7 * 512 * 2 * tokens, abs=100)  # and norms: single numbers
+    # four documents of 32 tokens a row; of a token's products a rank does half
+    multiplied = divided + 4096 * 512 + 5 * 512
+    flops = (6 * multiplied + 12 * 2 * 512 * 32) * tokens / 2
+    assert found["model_flops_per_step_and_rank"] == pytest.approx(flops)
+    parts = dict(found["step_seconds_by_part"])
+    assert found["step_seconds"] == parts.pop("exchanges") + max(parts.values())
+
+
 @pytest.mark.full
 def test_partitions_shrink_with_the_ranks(path: Path) -> None:
     """Between steps ZeRO 3 holds (2 + 4 + 8) bytes a parameter, and its gradients' 4, over the ranks."""
@@ -102,6 +131,8 @@ def test_partitions_shrink_with_the_ranks(path: Path) -> None:
     (("--gpu-memory", "many"), "write 80GiB"),
     (("--ranks", "2", "--gpus", "2"), "is for ranks on the CPU"),
     (("sequence_parallel_size=2", "--gpus", "3"), "is 2, but 3 ranks are planned for"),
+    ((LAYERS, "--gpus", "3"), "error: deepspeed.tensor_parallel.autotp_size: is 2, but 3 ranks are"),
+    ((LAYERS, "sequence_parallel_size=2", "--gpus", "6"), "is 2 × sequence_parallel_size (2),"),
 ])  # fmt: skip
 def test_refuses_what_it_does_not_know(path: Path, words: tuple[str, ...], said: str) -> None:
     done = arctic_train("plan", str(path), *words, cwd=path.parent)

@@ -37,6 +37,18 @@ def test_a_rank_sends_what_zero_says(stage: int, expected: float) -> None:
     assert found == pytest.approx(expected * 7 / 8 / (450e9 * LINK_EFFICIENCY))
 
 
+def test_layers_wait_for_what_their_ranks_exchange_and_repeat_what_is_not_divided() -> None:
+    device = DEVICES["h100"]
+    alone, shared = (
+        step_time(work(bytes_exchanged=sent, repeated_flops=flops), device)
+        for sent, flops in ((0, 0), (45e9, 1e15))
+    )
+    assert alone.total == max(alone.compute, alone.memory, alone.communication)
+    assert shared.exchanges == pytest.approx(45e9 / (450e9 * LINK_EFFICIENCY))
+    assert shared.compute == pytest.approx(9e15 / (989.4e12 * EFFICIENCY))
+    assert shared.total == pytest.approx(shared.compute + shared.exchanges)
+
+
 def test_flops_of_a_document_are_those_that_torch_counts() -> None:
     """Of one document without gradient checkpointing; torch counts attention in full, as PaLM does, and sees
     neither the embedding's look-up nor the gradient of its input."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from arctic_like.errors import RecipeError
 from arctic_like.stop import StopRequest
 from arctic_like.trainer import micro_batch
 from arctic_like.trainer.micro_batch import GAIN, SPARE, Tried, choose
+from arctic_like.world import World
 from tests.integration.tools import (
     drive,
     recipe,
@@ -104,6 +106,23 @@ def test_a_run_is_the_run_with_the_number(
     monkeypatch.setattr(micro_batch, "choose", lambda *_: pytest.fail("tried again"))
     go(path, tmp_path / "cut", resume="latest")
     assert without_clocks(tmp_path / "cut") == without_clocks(tmp_path / "stated")
+
+
+def test_a_resume_takes_the_size_where_ranks_hold_what_they_held(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rank that has another part of layers or rows has room for other rows."""
+    state: dict[str, Any] = {"world_size": 4, "tensor_parallel_size": 2, "micro_batch_size": 8}
+    monkeypatch.setattr("arctic_like.trainer.saver.saved_state", lambda _: state)
+
+    def known(**world: int) -> int:
+        session: Any = SimpleNamespace(resume=tmp_path, world=World(**world))
+        return micro_batch._saved(session)
+
+    assert known(size=4, tensor_parallel_size=2) == 8
+    assert known(size=4, tensor_parallel_size=4) == known(size=4) == 0
+    assert known(size=2, tensor_parallel_size=2) == 0
+    assert known(size=4, tensor_parallel_size=2, sequence_parallel_size=2) == 0
 
 
 def _fourfold(sizes: list[int], attempt: Any, told: Any) -> Tried:

@@ -15,7 +15,9 @@ from arctic_like.checkpoint.reading import read_weights
 from arctic_like.errors import RunError
 from arctic_like.stop import StopRequest
 from arctic_like.trainer import trial
+from arctic_like.world import World
 from tests.integration.tools import (
+    drive,
     lines,
     recipe,
     train_lines,
@@ -101,6 +103,90 @@ def test_a_resume_that_is_divided_as_before_tries_nothing(
     monkeypatch.setattr(trial, "trial_step", lambda *_: pytest.fail("tried"))
     go(path, tmp_path / "run", resume="latest")
     assert len(lines(tmp_path / "run")) >= 6
+
+
+@pytest.mark.parametrize(
+    ("saved", "said"),
+    [
+        ({"world_size": 4, "tensor_parallel_size": 2}, ""),
+        ({"world_size": 2, "tensor_parallel_size": 2}, "4 ranks instead of 2"),
+        ({"world_size": 4, "tensor_parallel_size": 4}, "layers shared by 2 ranks instead of 4"),
+        ({"world_size": 4}, "layers shared by 2 ranks instead of 1"),
+        ({"world_size": 4, "tensor_parallel_size": 2, "sequence_parallel_size": 2},
+         "rows shared by 1 rank instead of 2"),
+    ],
+)  # fmt: skip
+def test_ranks_are_others_where_one_holds_another_part(saved: dict[str, Any], said: str) -> None:
+    assert trial.ranks_otherwise(saved, World(size=4, tensor_parallel_size=2)) == said
+
+
+QUIET = """
+from arctic_like.trainer import trial
+
+trial.trial_step = lambda *_: 0.0
+"""
+WATCHED = """
+from pathlib import Path
+from arctic_like.trainer import trial
+
+done = trial.trial_step
+
+
+def trial_step(trainer, samples):
+    with Path(__file__).with_suffix(".txt").open("a") as file:
+        file.write(f"{trainer.world.tensor_parallel_size}{trainer.world.sequence_parallel_size}\\n")
+    return done(trainer, samples)
+
+
+trial.trial_step = trial_step
+"""
+LAYERS, ROWS = "deepspeed.tensor_parallel.autotp_size=2", "sequence_parallel_size=2"
+
+
+@pytest.mark.full
+def test_a_resume_that_shares_otherwise_tries_first_and_is_one_that_does_not(
+    tmp_path: Path, data: Path
+) -> None:
+    """On two ranks, to the bit: from shared layers to none, from none to shared layers or rows."""
+    changes = {
+        "from-layers": ((LAYERS,), ()),
+        "to-layers": ((), (LAYERS,)),
+        "to-rows": ((), (ROWS,)),
+    }
+    path = write_recipe(
+        tmp_path / "recipe.yaml",
+        derived(
+            data, data__pack_samples=False, global_batch_size=8, train_iters=4,
+            model__dtype="bf16", deepspeed__zero_optimization__stage=2,
+            checkpoint=[{"type": "deepspeed", "save_every_n_steps": 2}],
+        ),
+    )  # fmt: skip
+    (tmp_path / "watched.py").write_text(WATCHED)
+    (tmp_path / "quiet.py").write_text(QUIET)
+    kinds = ("tried", "untried")
+    runs = [(name, kind) for kind in kinds for name in changes]
+
+    def job(name: str, kind: str, *overrides: str, resume: str = "") -> dict[str, Any]:
+        run = str(tmp_path / f"{name}-{kind}")
+        return {
+            "recipe": str(path),
+            "output_dir": run,
+            "overrides": list(overrides),
+            "resume": resume,
+        }
+
+    jobs = [job(*run, "exit_iteration=2", *changes[run[0]][0]) for run in runs]
+    for name, kind in runs:
+        code = tmp_path / ("watched.py" if kind == "tried" else "quiet.py")
+        jobs.append(job(name, kind, f"code={code}", *changes[name][1], resume="latest"))
+    drive(jobs, ranks=2, folder=tmp_path, timeout=900)
+    tried = (tmp_path / "watched.txt").read_text().split()
+    assert tried == ["11", "11", "21", "21", "12", "12"]  # both ranks of each
+    for name in changes:
+        ours, theirs = (tmp_path / f"{name}-{kind}" for kind in kinds)
+        assert [line["step"] for line in train_lines(ours)] == [1, 2, 3, 4]
+        assert without_clocks(ours) == without_clocks(theirs), name
+        assert (ours / "facts.json").read_text() == (theirs / "facts.json").read_text(), name
 
 
 def test_the_first_step_has_the_longest_samples(tmp_path: Path, data: Path) -> None:
