@@ -30,6 +30,7 @@ BF16_STATES = {
     },
 }  # fmt: skip
 LAYERS = {"deepspeed__tensor_parallel": {"autotp_size": 2}}
+ROWS_TOO = {**LAYERS, "sequence_parallel_size": 2}
 SAVED_MEANWHILE = {"type": "deepspeed", "asynchronous": True, "save_every_n_steps": 1}
 
 
@@ -100,22 +101,34 @@ TWO_RANKS: dict[str, dict[str, Any]] = {
         "sequence_parallel_size": 2, "model__config": QWEN, **CHECKPOINTED, **BF16, **stage(3)
     },
     "two-gpt2-padded-stage-2": {"model__config": GPT2, **PADDED, **stage(2)},
-    "two-llama-sharing-layers": LAYERS,
-    "two-llama-sharing-layers-stage-1": {**LAYERS, **stage(1)},
-    "two-llama-sharing-layers-stage-2": {**LAYERS, **stage(2)},
-    "two-llama-sharing-layers-stage-3": {**LAYERS, **stage(3)},
-    "two-llama-sharing-layers-bf16-stage-2": {**LAYERS, **BF16, **stage(2)},
-    "two-llama-sharing-layers-checkpointed-bf16-stage-2": {
-        **LAYERS, **CHECKPOINTED, **BF16, **stage(2)
-    },
-    "two-llama-sharing-layers-checkpointed-bf16-stage-3": {
-        **LAYERS, **CHECKPOINTED, **BF16, **stage(3)
-    },
-    "two-llama-sharing-layers-padded-accumulated-stage-2": {
-        **LAYERS, **PADDED, "micro_batch_size": 4, "gradient_accumulation_steps": 2, **stage(2)
-    },
-    "two-qwen3-sharing-layers-bf16-stage-3": {**LAYERS, "model__config": QWEN, **BF16, **stage(3)},
-    "two-qwen2-sharing-layers-checkpointed": {**LAYERS, "model__config": QWEN2, **CHECKPOINTED},
 }  # fmt: skip
+SHARED_LAYERS: dict[int, dict[str, dict[str, Any]]] = {
+    2: {
+        "two-llama-sharing-layers": LAYERS,
+        "two-llama-sharing-layers-stage-1": {**LAYERS, **stage(1)},
+        "two-llama-sharing-layers-stage-2": {**LAYERS, **stage(2)},
+        "two-llama-sharing-layers-stage-3": {**LAYERS, **stage(3)},
+        "two-llama-sharing-layers-bf16-stage-2": {**LAYERS, **BF16, **stage(2)},
+        "two-llama-sharing-layers-checkpointed-bf16-stage-2": {
+            **LAYERS, **CHECKPOINTED, **BF16, **stage(2)
+        },
+        "two-llama-sharing-layers-checkpointed-bf16-stage-3": {
+            **LAYERS, **CHECKPOINTED, **BF16, **stage(3)
+        },
+        "two-llama-sharing-layers-padded-accumulated-stage-2": {
+            **LAYERS, **PADDED, "micro_batch_size": 4, "gradient_accumulation_steps": 2, **stage(2)
+        },
+        "two-qwen3-sharing-layers-bf16-stage-3": {**LAYERS, "model__config": QWEN, **BF16, **stage(3)},
+        "two-qwen2-sharing-layers-checkpointed": {**LAYERS, "model__config": QWEN2, **CHECKPOINTED},
+    },
+    4: {
+        "four-llama-sharing-rows-and-layers-bf16-stage-2": {**ROWS_TOO, **BF16, **stage(2)},
+        "four-llama-sharing-rows-and-layers-checkpointed-stage-3": {
+            **ROWS_TOO, **CHECKPOINTED, **stage(3)
+        },
+        "four-llama-in-two-groups-bf16-stage-2": {**LAYERS, **BF16, **stage(2)},
+    },
+}  # fmt: skip
+"""By the number of ranks."""
 DEFAULT = ("llama", "llama-bf16-stage-2", "llama-padded", "llama-lora-checkpointed", "qwen3",
            "mixtral")  # fmt: skip

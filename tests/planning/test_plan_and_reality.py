@@ -18,7 +18,7 @@ from tests.integration.tools import (
     write_conversations,
     write_recipe,
 )
-from tests.planning.matrix import BASE, DEFAULT, ONE_RANK, TWO_RANKS
+from tests.planning.matrix import BASE, DEFAULT, ONE_RANK, SHARED_LAYERS, TWO_RANKS
 
 HERE = Path(__file__).parent
 TOLERANCE = 0.10
@@ -90,6 +90,13 @@ def test_peak_and_steps_of_every_recipe(others: dict[str, Any], name: str) -> No
 @pytest.mark.parametrize("name", TWO_RANKS)
 def test_peak_and_steps_on_two_ranks(of_two_ranks: dict[str, Any], name: str) -> None:
     check(*of_two_ranks[name])
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("ranks", SHARED_LAYERS)
+def test_peak_and_steps_of_ranks_that_share_layers(tmp_path: Path, ranks: int) -> None:
+    for planned, measured in compared(tmp_path, SHARED_LAYERS[ranks], ranks=ranks).values():
+        check(planned, measured)
 
 
 def test_the_matrix_is_as_wide_as_promised() -> None:
