@@ -101,6 +101,8 @@ def _gpu(stack: ExitStack) -> None:
         "current_device_name": lambda *_: DEVICE,
         "current_device": lambda *_: torch.device(DEVICE),
         "device": lambda *_: torch.device(DEVICE),
+        # what is on the host is brought to the device before it is added to what is there
+        "on_accelerator": lambda _, tensor: tensor.device == torch.device(DEVICE),
     }
     stack.enter_context(patch.multiple(CPU_Accelerator, **names))
     stack.enter_context(patch.dict(tiles.TILE_BYTES, {"cpu": tiles.TILE_BYTES_ELSEWHERE}))
@@ -133,7 +135,7 @@ def _models(stack: ExitStack) -> None:
     # a second step has the states themselves
     stack.enter_context(patch.object(engine, "reserved_states", lambda *_: []))
     stack.enter_context(patch.object(compiled, "compile_blocks", lambda *_, **__: None))
-    stack.enter_context(patch.object(heads, "find_head", _find_head))
+    stack.enter_context(patch.object(heads, "_measured", _described_head))
     stack.enter_context(patch.object(assembly, "prove_sharing", lambda *_, **__: None))
     found = {"digest": "", "weights": {}}
     stack.enter_context(patch.object(fingerprint, "fingerprint", lambda *_, **__: found))
@@ -204,16 +206,12 @@ def _apply(module: Any, function: Any, recurse: bool = True) -> Any:
     return module
 
 
-def _find_head(model: Any, *, device: str) -> Any:
+def _described_head(model: Any, module: Any, _: str) -> Any:
     """The head as the model's config describes it; in training it is measured."""
-    from arctic_like.model.heads import LinearHead, Search, _linear, unwrapped
+    from arctic_like.model.heads import LinearHead, Search
 
-    module = unwrapped(model)
-    found = _linear(module)
-    if isinstance(found, str):
-        return Search(reason=found)
-    config = module.config.get_text_config()
-    return Search(LinearHead(found, softcap=getattr(config, "final_logit_softcapping", None)))
+    config = model.config.get_text_config()
+    return Search(LinearHead(module, softcap=getattr(config, "final_logit_softcapping", None)))
 
 
 def _deepspeed(stack: ExitStack) -> None:

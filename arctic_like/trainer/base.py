@@ -447,16 +447,8 @@ class Trainer(Part, Moments, Surface, family="trainer"):
     # Helpers for subclasses and callbacks ---------------------------------------------------------
 
     def to_device(self, batch: Any) -> Any:
-        """Nested tensors moved to the device; everything else as it is."""
-        if self.device == "cpu":
-            return batch
-        if isinstance(batch, Mapping):
-            return {key: self.to_device(value) for key, value in batch.items()}
-        if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-            return type(batch)(*(self.to_device(value) for value in batch))
-        if isinstance(batch, (list, tuple)):
-            return type(batch)(self.to_device(value) for value in batch)
-        return batch.to(self.device, non_blocking=True) if hasattr(batch, "to") else batch
+        """Nested tensors moved to the device; everything else as it is. Called for whole batches alone."""
+        return batch if self.device == "cpu" else _moved(batch, self.device)
 
     def emit(self, moment: str, *values: Any) -> None:
         """Call a moment on this trainer, then on every callback that has it. Own names are welcome."""
@@ -828,3 +820,14 @@ def _again_and_again(stream: Iterator[Any]) -> Iterator[Any]:
     first = next(stream)
     while True:
         yield first
+
+
+def _moved(batch: Any, device: str) -> Any:
+    """See `Trainer.to_device`, which subclasses replace, for whole batches and not for what is in them."""
+    if isinstance(batch, Mapping):
+        return {key: _moved(value, device) for key, value in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(_moved(value, device) for value in batch))
+    if isinstance(batch, (list, tuple)):
+        return type(batch)(_moved(value, device) for value in batch)
+    return batch.to(device, non_blocking=True) if hasattr(batch, "to") else batch
