@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,31 @@ def header(path: Path) -> str:
     """The comment at the top, in one line."""
     top = path.read_text().split("\n\n")[0].splitlines()
     return " ".join(line.removeprefix("#").strip() for line in top)
+
+
+@dataclass(frozen=True)
+class Room:
+    """What a header says of memory: GPUs, GiB of each, and the planned peak with its micro-batch."""
+
+    gpus: int
+    memory: int
+    peak: float
+    micro_batch_size: int
+
+
+def room_of(path: Path) -> Room:
+    said = header(path)
+    gpus = re.search(r"--num_gpus (\d+)", said)
+    memory = re.search(r"GPUs? of (\d+) GB", said)
+    peak = re.search(
+        r"Peak by `arctic-train plan` at micro_batch_size (\d+): ([\d.]+) GiB of (\d+); no GPU was at hand "
+        r"to compare\.",
+        said,
+    )
+    assert memory, said
+    assert peak, said
+    assert peak[3] == memory[1]
+    return Room(int(gpus[1]) if gpus else 1, int(memory[1]), float(peak[2]), int(peak[1]))
 
 
 SHOWN = {
@@ -118,6 +144,14 @@ def test_its_header_says_its_command_and_what_it_needs(path: Path) -> None:
     found = [float(number) for number in re.findall(r"([\d.]+) GiB", said)]
     for number in gigabytes:
         assert any(math.isclose(number, one, rel_tol=0.06) for one in found), (number, found)
+
+
+@pytest.mark.parametrize("path", FULL_SIZE, ids=name_of)
+def test_its_gpus_are_used_and_not_filled(path: Path) -> None:
+    """By the planned peak, which a full test of tests/planning compares: at least 3 / 8, at most 85 %."""
+    room = room_of(path)
+    assert room.micro_batch_size == load_recipe(path, []).config.micro_batch_size
+    assert 0.375 <= room.peak / room.memory <= 0.85
 
 
 @pytest.mark.parametrize(
