@@ -46,9 +46,11 @@ def test_a_rank_holds_its_part_of_layers_that_are_shared(tmp_path: Path, degree:
     """Four layers of Llama 8B on eight GPUs: of their projections a rank has 1/degree, and all the rest."""
     shape = {**LLAMA, "num_hidden_layers": 4}
     recipe = tmp_path / "shared.yaml"
+    (tmp_path / "none.jsonl").touch()
     content = {
-        "type": "sft", "model": {"config": shape}, "tokenizer": {"type": "byte"}, "micro_batch_size": 1,
-        "global_batch_size": 8, "data": {"sources": ["none.jsonl"], "max_length": 2048},
+        "type": "sft", "model": {"config": shape, "dtype": "bf16"}, "tokenizer": {"type": "byte"},
+        "micro_batch_size": 1, "global_batch_size": 8,
+        "data": {"sources": ["none.jsonl"], "max_length": 2048},
         "deepspeed": {"tensor_parallel": {"autotp_size": degree}, "zero_optimization": {"stage": 2}},
     }  # fmt: skip
     recipe.write_text(yaml.safe_dump(content))
