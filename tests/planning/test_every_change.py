@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.integration.tools import environment, recipe, write_conversations, write_recipe
-from tests.planning.matrix import BF16, LLAMA, LORA, stage
+from tests.planning.matrix import BF16, LAYERS, LLAMA, LORA, stage
 
 SCRIPT = Path(__file__).with_name("rehearse_changes.py")
 SHORT = {**LLAMA, "hidden_size": 32, "intermediate_size": 96}
@@ -21,14 +21,16 @@ LARGEST_COPY = 3 * 32 * 96 * 4
 """Bytes of a layer's MLP in fp32."""
 
 
-def tried(folder: Path, *, dtype: str, number: int, ranks: int, lora: bool) -> dict[str, Any]:
+def tried(
+    folder: Path, *, dtype: str, number: int, ranks: int, lora: bool = False, **more: Any
+) -> dict[str, Any]:
     """How each change ended: see `rehearse_changes.outcomes`."""
     data = write_conversations(folder / "conversations.jsonl")
     content = recipe(
         data, model__config=SHORT, data__pack_samples=True, data__max_length=64, micro_batch_size=2,
         optimizer={"type": "fused_adam", "learning_rate": 0.001},
         **(BF16 if dtype == "bf16" else {}), **({"model__peft_config": LORA} if lora else {}),
-        **stage(number),
+        **stage(number), **more,
     )  # fmt: skip
     path = write_recipe(folder / "recipe.yaml", content)
     listing = folder / "listing.json"
@@ -68,3 +70,12 @@ def test_is_planned_or_refused(
     for plan in away:
         assert plan["between_steps"].get("optimizer", 0) <= LARGEST_COPY
         assert plan["host_peak_per_rank"] >= 12 * plan["trained_parameters"] / ranks
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("dtype", "number"), [("fp32", 0), ("bf16", 2)])
+def test_of_shared_layers_is_planned(tmp_path: Path, dtype: str, number: int) -> None:
+    """Two groups of two ranks; nothing is offered that would be refused."""
+    found = tried(tmp_path, dtype=dtype, number=number, ranks=4, **LAYERS)
+    assert {ended for told in found.values() for ended in told} == {"planned"}, found
+    assert any("stage=3" in words and "cpu_offload=true" in words for words in found)
