@@ -74,7 +74,7 @@ class Freeze(Callback):
         super().__init__(config)
         self._names: list[str] = []
         self._first, self._end = 0, math.inf
-        self._kept: list[tuple[Tensor, Tensor]] = []
+        self._kept: dict[tuple[int, Any, int], Tensor] = {}
 
     def on_setup_end(self, trainer: Trainer) -> None:
         """Find the parameters. Raises RecipeError for a pattern without one, or an empty time."""
@@ -121,9 +121,9 @@ class Freeze(Callback):
         """Keep what the update may touch: master weights, the model's own, optimizer states."""
         if self.is_frozen(trainer):
             engine = trainer.learner(self.config.learner).engine
-            self._kept = [
-                (place, place.clone()) for n in self._names for place in places_of(engine, n)
-            ]
+            # a weight of the module may be its master weight, of another shape: one memory, kept once
+            places = {_key(p): p for n in self._names for p in places_of(engine, n)}
+            self._kept = {key: place.clone() for key, place in places.items()}
 
     def on_optimizer_step_end(self, trainer: Trainer) -> None:
         """Put it back."""
@@ -134,14 +134,13 @@ class Freeze(Callback):
         engine = trainer.learner(self.config.learner).engine
         if engine.zero_stage == 3:  # whole small weights would outlive the shares they were made of
             engine.engine.optimizer.empty_partition_cache()
-        known = {_key(place): kept for place, kept in self._kept}
         with torch.no_grad():
             for name in self._names:
                 for place in places_of(engine, name):
-                    kept = known.get(_key(place))
+                    kept = self._kept.get(_key(place))
                     # a state that the first update made begins with zeros
-                    place.zero_() if kept is None else place.copy_(kept)
-        self._kept = []
+                    place.zero_() if kept is None else place.copy_(kept.view(place.shape))
+        self._kept = {}
 
 
 def places_of(engine: Engine, name: str) -> list[Tensor]:

@@ -49,7 +49,7 @@ def command(
         from arctic_like.planning.plan import make_plan
 
         changed = preparation.load(recipe, [*overrides, *words]) if words else loaded
-        with _quiet():
+        with _shown(words), _quiet():
             return make_plan(changed, prepared, machine, knows_data=not no_data)
 
     plan = plan_of(())
@@ -135,6 +135,27 @@ def _numbers(plan: Plan, advice: tuple[Change, Plan] | None) -> dict[str, Any]:
             "peak": better.rehearsal.device.total,
         }  # fmt: skip
     return found
+
+
+@contextlib.contextmanager
+def _shown(words: tuple[str, ...]) -> Iterator[None]:
+    """On a terminal's standard error, what is rehearsed and for how long: a model of 8B takes a minute."""
+    import sys
+
+    if not sys.stderr.isatty():
+        yield
+        return
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}", markup=False),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        bar.add_task(f"rehearsing {' '.join(words) or 'the recipe'}", total=None)
+        yield
 
 
 @contextlib.contextmanager

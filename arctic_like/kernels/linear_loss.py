@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from arctic_like.kernels.passes import each, rows_for, summed
 from arctic_like.kernels.tile_losses import CrossEntropy, Distance, Divergence, Mixture
-from arctic_like.kernels.tiles import Head
+from arctic_like.kernels.tiles import Head, detached
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,19 +51,20 @@ def next_tokens(labels: Tensor, *, ignore: int = IGNORE) -> Tensor:
 
 def linear_cross_entropy(
     hidden: Tensor, weight: Tensor, targets: Tensor, *, bias: Tensor | None = None,
-    softcap: float | None = None, scale: float = 1.0, ignore: int = IGNORE,
-    places: Tensor | None = None, tile: int | None = None,
+    softcap: float | None = None, scale: float = 1.0, low: Tensor | None = None,
+    ignore: int = IGNORE, places: Tensor | None = None, tile: int | None = None,
 ) -> Tensor:  # fmt: skip
     """-log p(target) of every token, (tokens,), 0 where the target is `ignore`; differentiable, also
     with another weight for every token. For a sum or a mean take `linear_cross_entropy_sum`.
 
-    hidden: (tokens, hidden); weight: (vocabulary, hidden); bias: (vocabulary,); all of one dtype.
+    hidden: (tokens, hidden); weight: (vocabulary, hidden); bias: (vocabulary,); all of one dtype. low: of an
+    adapter of the head, whose part of the hidden states is in their last columns (`tiles.Head`).
     targets: (tokens,) int64. float32 is returned, float64 for float64. places: where targets are
     trained, (n,) int64; finding them makes a GPU's host wait. tile: tokens at a time, else what a
     budget of memory allows.
     Raises ValueError where shapes or dtypes do not fit.
     """
-    head = _head(hidden, weight, bias, softcap, scale)
+    head = _checked(hidden, Head(weight, bias, scale, softcap, low))
     kept, places = _trained(hidden, targets, ignore, places)
     losses = each(
         kept, head, CrossEntropy(targets.index_select(0, places)), tile=rows_for(head, tile=tile)
@@ -73,23 +74,23 @@ def linear_cross_entropy(
 
 def linear_log_probs(
     hidden: Tensor, weight: Tensor, targets: Tensor, *, bias: Tensor | None = None,
-    softcap: float | None = None, scale: float = 1.0, ignore: int = IGNORE,
-    places: Tensor | None = None, tile: int | None = None,
+    softcap: float | None = None, scale: float = 1.0, low: Tensor | None = None,
+    ignore: int = IGNORE, places: Tensor | None = None, tile: int | None = None,
 ) -> Tensor:  # fmt: skip
     """log p(target) of every token, (tokens,), 0 where the target is `ignore`; differentiable.
 
     What preference methods sum over an answer. Arguments: `linear_cross_entropy`.
     """
     return -linear_cross_entropy(
-        hidden, weight, targets, bias=bias, softcap=softcap, scale=scale, ignore=ignore,
+        hidden, weight, targets, bias=bias, softcap=softcap, scale=scale, low=low, ignore=ignore,
         places=places, tile=tile,
     )  # fmt: skip
 
 
 def linear_cross_entropy_sum(
     hidden: Tensor, weight: Tensor, targets: Tensor, *, bias: Tensor | None = None,
-    softcap: float | None = None, scale: float = 1.0, ignore: int = IGNORE,
-    places: Tensor | None = None, tile: int | None = None,
+    softcap: float | None = None, scale: float = 1.0, low: Tensor | None = None,
+    ignore: int = IGNORE, places: Tensor | None = None, tile: int | None = None,
 ) -> Summed:  # fmt: skip
     """The sum of -log p(target) over trained tokens; its gradient is computed here and now, and scaled in
     the backward, so that nothing is computed twice. A mean is `total / count`.
@@ -97,7 +98,7 @@ def linear_cross_entropy_sum(
     Without gradient (evaluation) none is computed; nor is that of what does not require one. With
     no trained token the sum is 0 and its gradient zeros. Arguments: `linear_cross_entropy`.
     """
-    head = _head(hidden, weight, bias, softcap, scale)
+    head = _checked(hidden, Head(weight, bias, scale, softcap, low))
     kept, places = _trained(hidden, targets, ignore, places)
     total, values = summed(
         kept, head, CrossEntropy(targets.index_select(0, places)), tile=rows_for(head, tile=tile)
@@ -151,22 +152,24 @@ def linear_distillation(
     return Distilled(total, cross_entropy=values[1].sum(), divergence=values[2].sum())
 
 
-def _head(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, scale: float
-) -> Head:
-    head = Head(weight, bias, scale, softcap)
-    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
+def _checked(hidden: Tensor, head: Head) -> Head:
+    """The head. Raises ValueError where it and the hidden states do not fit."""
+    weight, bias, low = head.weight, head.bias, head.low
+    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != head.width:
+        rank = "" if low is None else f" and an adapter's {tuple(low.shape)}"
         raise ValueError(
-            f"hidden states {tuple(hidden.shape)} and a weight {tuple(weight.shape)} do not fit; "
+            f"hidden states {tuple(hidden.shape)} and a weight {tuple(weight.shape)}{rank} do not fit; "
             "expected are (tokens, hidden) and (vocabulary, hidden)"
         )
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"a bias {tuple(bias.shape)} of {head.vocabulary} logits does not fit")
-    dtypes = {_name(x) for x in (hidden, weight, bias) if x is not None}
+    for name, of_logits in (("a bias", bias), ("an adapter", low)):
+        if of_logits is not None and of_logits.shape[:1] != weight.shape[:1]:
+            shape = tuple(of_logits.shape)
+            raise ValueError(f"{name} {shape} of {head.vocabulary} logits does not fit")
+    dtypes = {_name(x) for x in (hidden, weight, bias, low) if x is not None}
     if len(dtypes) > 1:
         raise ValueError(f"hidden states and head have the dtypes {' and '.join(sorted(dtypes))}")
-    if softcap is not None and softcap <= 0:
-        raise ValueError(f"a softcap of {softcap} is not positive; None is no cap")
+    if head.softcap is not None and head.softcap <= 0:
+        raise ValueError(f"a softcap of {head.softcap} is not positive; None is no cap")
     return head
 
 
@@ -179,8 +182,8 @@ def _pair(
     temperature: float, beta: float,
 ) -> tuple[Head, Head]:  # fmt: skip
     """The two heads, the teacher's without gradient. Raises ValueError for what cannot be compared."""
-    _head(hidden, head.weight, head.bias, head.softcap, head.scale)
-    _head(teacher_hidden, teacher.weight, teacher.bias, teacher.softcap, teacher.scale)
+    _checked(hidden, head)
+    _checked(teacher_hidden, teacher)
     if head.vocabulary != teacher.vocabulary:
         raise ValueError(
             f"the student has {head.vocabulary} logits, the teacher {teacher.vocabulary}: "
@@ -198,8 +201,7 @@ def _pair(
         raise ValueError(
             f"beta is {beta}; between 0 and 1 is jsd, at 0 the forward and at 1 the reverse divergence"
         )
-    bias = teacher.bias.detach() if teacher.bias is not None else None
-    return head, Head(teacher.weight.detach(), bias, teacher.scale, teacher.softcap)
+    return head, detached(teacher)
 
 
 def _trained(

@@ -13,13 +13,14 @@ often as there are tiles. Until then the weight's takes vocabulary · hidden · 
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from arctic_like.kernels.tile_losses import TileLoss
 from arctic_like.kernels.tiles import Head, Logits, compute_dtype, multiply, tile_rows, tiles
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import torch
     from torch import Tensor
 
@@ -30,18 +31,19 @@ class Wanted(NamedTuple):
     hidden: bool = False
     weight: bool = False
     bias: bool = False
+    low: bool = False
 
 
 NOTHING = Wanted()
 
 
-@dataclass(frozen=True)
-class Gradients:
+class Gradients(NamedTuple):
     """In the dtype of the computation; None where not wanted."""
 
     hidden: Tensor | None = None
     weight: Tensor | None = None
     bias: Tensor | None = None
+    low: Tensor | None = None
 
 
 def rows_for(
@@ -52,21 +54,21 @@ def rows_for(
         if tile < 1:
             raise ValueError(f"a tile has {tile} tokens; it wants at least 1")
         return tile
-    low = compute_dtype(head.weight.dtype) != head.weight.dtype
-    own = 1.0 + (0.5 * low + bool(head.softcap)) * gradient
+    narrow = compute_dtype(head.weight.dtype) != head.weight.dtype
+    own = 1.0 + (0.5 * narrow + bool(head.softcap)) * gradient
     return tile_rows(head, buffers=own + loss_buffers)
 
 
 def summed(hidden: Tensor, head: Head, loss: TileLoss, *, tile: int) -> tuple[Tensor, Tensor]:
     """(sum of the tokens' losses: a scalar with gradient; (parts, tokens) values without one).
 
-    hidden: (tokens, hidden) in the dtype of the head's weight. float32, or float64 for float64.
+    hidden: (tokens, head.width) in the dtype of the head's weight. float32, or float64 for float64.
     """
     if not any(_wanted(hidden, head)):
         values, _ = run(hidden.detach(), head, loss, tile=tile)
         return values[0].sum(), values
     found: tuple[Tensor, Tensor] = _functions().summed.apply(
-        hidden, head.weight, head.bias, head, loss, tile
+        hidden, head.weight, head.bias, head.low, head, loss, tile
     )
     return found
 
@@ -75,7 +77,9 @@ def each(hidden: Tensor, head: Head, loss: TileLoss, *, tile: int) -> Tensor:
     """The tokens' losses, (tokens,), with gradient: see `summed`."""
     if not any(_wanted(hidden, head)):
         return run(hidden.detach(), head, loss, tile=tile)[0][0]
-    found: Tensor = _functions().each.apply(hidden, head.weight, head.bias, head, loss, tile)
+    found: Tensor = _functions().each.apply(
+        hidden, head.weight, head.bias, head.low, head, loss, tile
+    )
     return found
 
 
@@ -95,8 +99,9 @@ def run(
         values = empty((loss.parts, tokens))
         found = Gradients(
             hidden=empty((tokens, width)) if wanted.hidden else None,
-            weight=empty((head.vocabulary, width)).zero_() if wanted.weight else None,
-            bias=empty((head.vocabulary,)).zero_() if wanted.bias else None,
+            weight=_zeros(empty, head.weight if wanted.weight else None),
+            bias=_zeros(empty, head.bias if wanted.bias else None),
+            low=_zeros(empty, head.low if wanted.low else None),
         )
         for rows in tiles(tokens, tile):
             scores = logits.of(hidden[rows])
@@ -109,14 +114,24 @@ def run(
     return values, found
 
 
+def _zeros(empty: Callable[[torch.Size], Tensor], like: Tensor | None) -> Tensor | None:
+    return None if like is None else empty(like.shape).zero_()
+
+
 def _add(found: Gradients, gradient: Tensor, hidden: Tensor, rows: slice, logits: Logits) -> None:
     if found.bias is not None:
         found.bias.add_(gradient.sum(0))
     operand = logits.operand(gradient)
     if found.hidden is not None:
-        multiply(operand, logits.weight, out=found.hidden[rows])
+        own, more = logits.split(found.hidden[rows])
+        multiply(operand, logits.weight, out=own)
+        if logits.low is not None:
+            multiply(operand, logits.low, out=more)
+    own, more = logits.split(hidden[rows])
     if found.weight is not None:
-        multiply(operand.t(), logits.operand(hidden[rows]), out=found.weight, add=True)
+        multiply(operand.t(), logits.operand(own), out=found.weight, add=True)
+    if found.low is not None:
+        multiply(operand.t(), logits.operand(more), out=found.low, add=True)
 
 
 def _wanted(hidden: Tensor, head: Head) -> Wanted:
@@ -124,8 +139,8 @@ def _wanted(hidden: Tensor, head: Head) -> Wanted:
 
     if not torch.is_grad_enabled():
         return NOTHING
-    bias = head.bias is not None and head.bias.requires_grad
-    return Wanted(hidden.requires_grad, head.weight.requires_grad, bias)
+    bias, low = (x is not None and x.requires_grad for x in (head.bias, head.low))
+    return Wanted(hidden.requires_grad, head.weight.requires_grad, bias, low)
 
 
 def _scaled(gradient: Tensor | None, upstream: Tensor, dtype: torch.dtype | None) -> Tensor | None:
@@ -152,13 +167,13 @@ def _functions() -> _Functions:
     class Summed(Function):
         @staticmethod
         def forward(
-            ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, head: Head,
-            loss: TileLoss, tile: int,
+            ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, low: Tensor | None,
+            head: Head, loss: TileLoss, tile: int,
         ) -> tuple[Tensor, Tensor]:  # fmt: skip
-            wanted = Wanted(*ctx.needs_input_grad[:3])
+            wanted = Wanted(*ctx.needs_input_grad[:4])
             values, found = run(hidden, head, loss, tile=tile, wanted=wanted)
-            ctx.save_for_backward(found.hidden, found.weight, found.bias)
-            ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
+            ctx.save_for_backward(found.hidden, found.weight, found.bias, found.low)
+            ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias, low)]
             ctx.mark_non_differentiable(values)
             return values[0].sum(), values
 
@@ -174,16 +189,16 @@ def _functions() -> _Functions:
     class Each(Function):
         @staticmethod
         def forward(
-            ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, head: Head,
-            loss: TileLoss, tile: int,
+            ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, low: Tensor | None,
+            head: Head, loss: TileLoss, tile: int,
         ) -> Tensor:  # fmt: skip
-            wanted = Wanted(*ctx.needs_input_grad[:3])
-            ctx.again = wanted.weight or wanted.bias
+            wanted = Wanted(*ctx.needs_input_grad[:4])
+            ctx.again = wanted.weight or wanted.bias or wanted.low
             ctx.scale, ctx.softcap, ctx.loss, ctx.tile = head.scale, head.softcap, loss, tile
             ctx.dtype = hidden.dtype
             if ctx.again:
                 values, _ = run(hidden, head, loss, tile=tile)
-                ctx.save_for_backward(hidden, weight, bias)
+                ctx.save_for_backward(hidden, weight, bias, low)
             else:
                 values, found = run(hidden, head, loss, tile=tile, wanted=wanted)
                 ctx.save_for_backward(found.hidden)
@@ -194,14 +209,14 @@ def _functions() -> _Functions:
         def backward(ctx: Any, upstream: Tensor) -> Any:
             if not ctx.again:
                 (known,) = ctx.saved_tensors
-                return (_scaled(known, upstream[:, None], ctx.dtype), *(None,) * 5)
-            hidden, weight, bias = ctx.saved_tensors
-            head = Head(weight, bias, ctx.scale, ctx.softcap)
+                return (_scaled(known, upstream[:, None], ctx.dtype), *(None,) * 6)
+            hidden, weight, bias, low = ctx.saved_tensors
+            head = Head(weight, bias, ctx.scale, ctx.softcap, low)
             _, found = run(
                 hidden, head, ctx.loss, tile=ctx.tile, upstream=upstream,
-                wanted=Wanted(*ctx.needs_input_grad[:3]),
+                wanted=Wanted(*ctx.needs_input_grad[:4]),
             )  # fmt: skip
-            pairs = (found.hidden, hidden), (found.weight, weight), (found.bias, bias)
+            pairs = zip(found, (hidden, weight, bias, low), strict=True)
             gradients = [None if g is None else g.to(of.dtype) for g, of in pairs]
             return (*gradients, None, None, None)
 

@@ -28,18 +28,33 @@ class Head:
     """What makes logits of hidden states: softcap · tanh(scale · (h · weightᵀ + bias) / softcap).
 
     weight: (vocabulary, hidden); bias: (vocabulary,) or None, in the weight's dtype. softcap: None for
-    none (Gemma 2, arXiv 2408.00118, section 2). scale: Cohere multiplies, Granite divides.
+    none (Gemma 2, arXiv 2408.00118, section 2). scale: Cohere multiplies, Granite divides. low: (vocabulary,
+    rank), the B of an adapter of the head (LoRA, arXiv 2106.09685, section 4.1), in the weight's dtype: h has
+    `rank` columns more than weight, which are multiplied by it and added to the rest. So h · [weight, low]ᵀ,
+    of which no copy is made.
     """
 
     weight: Tensor
     bias: Tensor | None = None
     scale: float = 1.0
     softcap: float | None = None
+    low: Tensor | None = None
 
     @property
     def vocabulary(self) -> int:
         """How many logits a token has."""
         return self.weight.shape[0]
+
+    @property
+    def width(self) -> int:
+        """Columns of the hidden states, those of the adapter included."""
+        return self.weight.shape[1] + (0 if self.low is None else self.low.shape[1])
+
+
+def detached(head: Head) -> Head:
+    """The same, without gradient."""
+    bias, low = (None if x is None else x.detach() for x in (head.bias, head.low))
+    return Head(head.weight.detach(), bias, head.scale, head.softcap, low)
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -79,6 +94,7 @@ class Logits:
         widens = head.weight.dtype == torch.bfloat16 and multiplies_wide(head.weight.device)
         self.weight = head.weight if widens else head.weight.to(self.dtype)
         """In the dtype of the products' operands."""
+        self.low = None if head.low is None else self.operand(head.low)
         shape = (rows, head.vocabulary)
         self._buffer = torch.empty(shape, dtype=self.dtype, device=head.weight.device)
         self._tanh = torch.empty_like(self._buffer) if gradient and head.softcap else None
@@ -90,7 +106,10 @@ class Logits:
     def of(self, hidden: Tensor) -> Tensor:
         """The logits (n, vocabulary) of hidden states (n, hidden): the caller's until the next call."""
         head, found = self.head, self._buffer[: len(hidden)]
-        multiply(self.operand(hidden), self.weight.t(), out=found)
+        own, more = self.split(self.operand(hidden))
+        multiply(own, self.weight.t(), out=found)
+        if self.low is not None:
+            multiply(more, self.low.t(), out=found, add=True)
         if head.bias is not None:
             found.add_(head.bias)
         if head.scale != 1.0:
@@ -102,8 +121,13 @@ class Logits:
             found.mul_(head.softcap)
         return found
 
+    def split(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """The columns of the weight, and those of the adapter; views."""
+        width = self.weight.shape[1]
+        return hidden[:, :width], hidden[:, width:]
+
     def back(self, gradient: Tensor) -> Tensor:
-        """From the gradient for the last logits to that for h · weightᵀ + bias, in place."""
+        """From the gradient for the last logits to that for h · [weight, low]ᵀ + bias, in place."""
         if self._tanh is not None:
             slope = self._tanh[: len(gradient)].square_().neg_().add_(1)
             gradient.mul_(slope)

@@ -45,10 +45,12 @@ def computed(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     from torch.utils._python_dispatch import _disable_current_modes
     from torch.utils._pytree import tree_map_only
 
-    given = list(_tensors((*args, *kwargs.values())))
-    values = [value_of(tensor) for tensor in given]
-    if any(v is None or not is_known(v) for v in values):
-        return None
+    given = False
+    for tensor in _tensors((*args, *kwargs.values())):
+        given = True
+        value = value_of(tensor)
+        if value is None or not is_known(value):
+            return None
     if not given and not _makes_small_integers(function, args, kwargs):
         return None
     if any(name in str(function) for name in ("rand", "bernoulli", "c10d", "multinomial")):

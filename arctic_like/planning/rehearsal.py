@@ -27,8 +27,9 @@ if TYPE_CHECKING:
     from arctic_like.data.base import PreparedData
     from arctic_like.recipe import Recipe
 
-STEPS = 2
-"""The first makes the optimizer's states; the second has them all the time."""
+STEPS = (1, None)
+"""Micro-batches of each step. The first step makes the optimizer's states, for which one will do; the second
+has them all the time, and all micro-batches."""
 
 
 @dataclass(frozen=True)
@@ -133,11 +134,11 @@ def _rehearsed(
         vocabulary = getattr(getattr(trainer.module, "config", None), "vocab_size", None)
         memory.vocabulary = vocabulary
         label(trainer, memory)
-        shared = _groups(trainer)
-        before = exchanges.through(shared)
-        for _ in range(STEPS):
+        shared, before = _groups(trainer), 0.0
+        for count in STEPS:
+            before = exchanges.through(shared)
             with memory.during("step", "activations"):
-                _step(trainer, micro_batches, memory)
+                _step(trainer, micro_batches[:count], memory)
             label(trainer, memory)
         steady = memory.live("device")
         _capture(trainer, memory)
@@ -149,7 +150,7 @@ def _rehearsed(
         trained = [p for p in weights if p.requires_grad]
         cost = model_cost(trainer.module)
         divided = [p for p in weights if division_of(p)]
-        tokens = STEPS * _tokens(micro_batches)
+        tokens = _tokens(micro_batches)
         return Rehearsal(
             memory.peaks["device"], memory.peaks["host"],
             _count(map(whole_shape, weights)), _count(map(whole_shape, trained)),

@@ -58,7 +58,9 @@ def _group(world: World) -> Iterator[None]:
 
     if dist.is_initialized():
         raise RunError("a plan needs a process of its own: this one has process groups")
-    places = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(world.size), "DS_ACCELERATOR": "cpu",
+    # without LOCAL_SIZE DeepSpeed starts a program at every bucket of ZeRO 3, to count a CPU's parts
+    places = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(world.size),
+              "LOCAL_SIZE": str(world.local_size), "DS_ACCELERATOR": "cpu",
               "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}  # fmt: skip
     with patch.dict(os.environ, places):
         import deepspeed

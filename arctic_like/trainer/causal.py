@@ -70,7 +70,7 @@ class CausalTrainer(Trainer):
         def compute(hidden: Tensor, head: Head) -> tuple[Tensor, ...]:
             found = linear_cross_entropy_sum(
                 hidden, head.weight, targets, bias=head.bias, softcap=head.softcap,
-                scale=head.scale, places=batch.get(PLACES),
+                scale=head.scale, low=head.low, places=batch.get(PLACES),
             )  # fmt: skip
             return found.total, found.losses
 
@@ -100,14 +100,9 @@ class CausalTrainer(Trainer):
         """
         from loguru import logger
 
-        from arctic_like.model.adapters.build import is_adapted
         from arctic_like.model.heads import find_head
 
         if type(self).logits is not CausalTrainer.logits or "logits" in vars(self):
-            return None
-        if self.zero_stage == 3 and is_adapted(self.module):
-            # DeepSpeed loses count of the modules in the backward
-            logger.info("the loss takes the model's full logits: it has an adapter, at ZeRO 3")
             return None
         found = find_head(self.module, device=self.device)
         if found.head is None:

@@ -119,7 +119,7 @@ class PreferenceTrainer(CoupledTrainer, CausalTrainer):
         def compute(hidden: Tensor, own: Head) -> tuple[Tensor, ...]:
             found = linear_log_probs(
                 hidden, own.weight, targets, bias=own.bias, softcap=own.softcap, scale=own.scale,
-                places=batch.get(PLACES),
+                low=own.low, places=batch.get(PLACES),
             )  # fmt: skip
             return (found,)
 

@@ -296,3 +296,19 @@ def test_lines_of_histograms_stand_beside_the_others(tmp_path: Path, data: Path)
     (first, _) = events.Histograms(name)
     assert first.step == 2
     assert first.histogram_value.num == 32 * 32
+
+
+def test_what_is_frozen_stays_where_weights_are_their_own_masters(
+    tmp_path: Path, data: Path
+) -> None:
+    """One rank in fp32 at ZeRO 2: the module's weights are views of the flat tensor that is updated."""
+    freeze = {"type": "freeze", "match": ["q_proj", "norm"], "after": 1, "until": 3}
+    folder = train(
+        tmp_path, data, freeze, {"type": "watch_frozen"}, train_iters=4,
+        deepspeed__zero_optimization__stage=2,
+        code=str(Path(__file__).with_name("watching.py")),
+    )  # fmt: skip
+    moved = [set(names) for names in json.loads((folder / "moved.json").read_text())]
+    frozen = {name for name in moved[0] if "q_proj" in name or "norm" in name}
+    assert frozen
+    assert moved == [moved[0], moved[0] - frozen, moved[0] - frozen, moved[0]]

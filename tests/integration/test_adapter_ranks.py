@@ -25,6 +25,7 @@ STEPS = 6
 LORA = {"type": "lora", "r": 4, "lora_alpha": 16, "target_modules": "all-linear"}
 CONFIGS = {
     "lora": {**LORA, "use_rslora": True, "modules_to_save": ["lm_head"]},
+    "head": {**LORA, "target_modules": ["q_proj", "down_proj", "lm_head"]},
     "dora": {**LORA, "use_dora": True},
     "pissa": {**LORA, "init_lora_weights": "pissa"},
     "grown": {**LORA, "modules_to_save": ["embed_tokens", "lm_head"], "ensure_weight_tying": True},
@@ -100,15 +101,18 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     return Runs(tmp_path_factory.mktemp("adapters"))
 
 
-@pytest.mark.parametrize("name", ["lora-2", "lora-3", "dora-3", "pissa-3", "grown-3", "moved"])
+@pytest.mark.parametrize(
+    "name", ["lora-2", "lora-3", "head-3", "dora-3", "pissa-3", "grown-3", "moved"]
+)
 def test_two_ranks_equal_one(runs: Runs, name: str) -> None:
-    """Losses, norms, rates and the exported adapter; `moved` was on two ranks and then on one."""
+    """Losses, norms, rates and the exported adapter; `moved` was on two ranks and then on one. Adam divides
+    gradients that are nearly nothing by themselves: after five steps rounding is 2e-5 of `grown`'s norm."""
     alone = "lora-0" if name == "moved" else f"{name[:-2]}-0"
     lines, expected = train_lines(runs.folder / name), train_lines(runs.folder / alone)
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
     for line, other in zip(lines, expected, strict=True):
         for key in ("loss", "grad_norm", "learning_rate", "learning_rate/lora_B"):
-            assert line[key] == pytest.approx(other[key], rel=2e-5), (line["step"], key)
+            assert line[key] == pytest.approx(other[key], rel=5e-5), (line["step"], key)
         assert line["learning_rate/lora_B"] == pytest.approx(4 * line["learning_rate"])
     assert lines[-1]["loss"] < lines[0]["loss"]
     found, wanted = runs.adapter(name), runs.adapter(alone)
@@ -119,6 +123,8 @@ def test_two_ranks_equal_one(runs: Runs, name: str) -> None:
     assert (runs.export(name) / config).read_text() == (runs.export(alone) / config).read_text()
     base = "base_model.json"
     assert (runs.export(name) / base).read_text() == (runs.export(alone) / base).read_text()
+    log = (runs.folder / name / "logs/rank-0.log").read_text()
+    assert "full logits" not in log
 
 
 @pytest.mark.parametrize("stage", [2, 3])

@@ -180,7 +180,7 @@ def full(*values: Any) -> Any:
 
 @pytest.mark.parametrize(
     "name",
-    ["one", "two-2", "two-3", "again-2", *map(full, ("two-0", "two-1", "moving-1", "moving-3"))],
+    ["one", "two-2", "two-3", "again-2", *map(full, ("two-0", "moving-1", "moving-3"))],
 )
 def test_every_rate_is_its_closed_form_at_every_step(runs: Runs, name: str) -> None:
     """Groups by pattern; every registered schedule and two by path; by step, epoch and metric. `again` was
@@ -194,9 +194,7 @@ def test_every_rate_is_its_closed_form_at_every_step(runs: Runs, name: str) -> N
     assert len(set(forms["learning_rate/plateau"])) > 2  # it did fall
 
 
-@pytest.mark.parametrize(
-    "name", ["two-2", "two-3", *map(full, ("two-0", "two-1", "moving-1", "moving-3"))]
-)
+@pytest.mark.parametrize("name", ["two-2", "two-3", *map(full, ("two-0", "moving-1", "moving-3"))])
 def test_groups_train_the_same_at_every_stage(runs: Runs, name: str) -> None:
     pairs = zip(train_lines(runs.folder / name), train_lines(runs.folder / "one"), strict=True)
     for line, other in pairs:
@@ -237,9 +235,10 @@ def test_schedule_free_is_evaluated_at_its_average(runs: Runs, stage: int) -> No
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_schedule_free_in_low_precision(runs: Runs, stage: int) -> None:
     """Each stage keeps its fp32 weights elsewhere (0: each parameter's; 1: BF16_Optimizer). At the weights
-    it trains with, the evaluation would be off by up to 2.6e-2."""
+    it trains with, the evaluation would be off by up to 2.6e-2; rounding the activations is 2e-3 (bf16 has
+    8 bits, 4e-3 at most for one number)."""
     plain, other = runs.folder / "free-one", runs.folder / f"free-bf16-{stage}"
-    assert evaluations(other) == pytest.approx(evaluations(plain), rel=1e-3)
+    assert evaluations(other) == pytest.approx(evaluations(plain), rel=4e-3)
 
 
 def test_an_evaluation_and_an_export_change_no_step(runs: Runs) -> None:

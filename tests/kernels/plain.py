@@ -20,11 +20,13 @@ class Case:
     bias: Tensor | None = None
     softcap: float | None = None
     scale: float = 1.0
+    low: Tensor | None = None
 
     @classmethod
     def drawn(
         cls, *, tokens: int = 23, width: int = 8, vocabulary: int = 37, bias: bool = False,
         trained: str = "some", seed: int = 0, softcap: float | None = None, scale: float = 1.0,
+        rank: int = 0,
     ) -> Case:  # fmt: skip
         generator = torch.Generator().manual_seed(seed)
 
@@ -37,8 +39,9 @@ class Case:
         )
         targets[dropped] = -100
         return cls(
-            normal(tokens, width), normal(vocabulary, width), targets,
+            normal(tokens, width + rank), normal(vocabulary, width), targets,
             normal(vocabulary) if bias else None, softcap, scale,
+            normal(vocabulary, rank) if rank else None,
         )  # fmt: skip
 
     def to(self, dtype: torch.dtype) -> Case:
@@ -49,18 +52,22 @@ class Case:
 
         return Case(
             leaf(self.hidden), leaf(self.weight), self.targets, leaf(self.bias), self.softcap,
-            self.scale,
+            self.scale, leaf(self.low),
         )  # fmt: skip
 
     @property
     def options(self) -> dict[str, Any]:
         """What the kernels take by name."""
-        return {"bias": self.bias, "softcap": self.softcap, "scale": self.scale}
+        return {
+            "bias": self.bias, "softcap": self.softcap, "scale": self.scale, "low": self.low
+        }  # fmt: skip
 
     @property
     def leaves(self) -> dict[str, Tensor]:
         """What may have a gradient."""
-        found = {"hidden": self.hidden, "weight": self.weight, "bias": self.bias}
+        found = {
+            "hidden": self.hidden, "weight": self.weight, "bias": self.bias, "low": self.low
+        }  # fmt: skip
         return {name: tensor for name, tensor in found.items() if tensor is not None}
 
     def gradients(self) -> dict[str, Tensor | None]:
@@ -69,7 +76,8 @@ class Case:
 
 def logits(case: Case) -> Tensor:
     """All of them, as a model computes them in its dtype."""
-    found = F.linear(case.hidden, case.weight, case.bias) * case.scale
+    weight = case.weight if case.low is None else torch.cat([case.weight, case.low], dim=1)
+    found = F.linear(case.hidden, weight, case.bias) * case.scale
     return found if case.softcap is None else torch.tanh(found / case.softcap) * case.softcap
 
 

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from arctic_like.errors import RunError
-from arctic_like.kernels.linear_loss import linear_cross_entropy_sum
+from arctic_like.kernels.linear_loss import linear_cross_entropy_sum, linear_log_probs
 from arctic_like.kernels.tiles import Logits
 from arctic_like.model.heads import LinearHead, find_head, gathered, through_head
 from arctic_like.model.isolation import packed_inputs
@@ -83,8 +83,9 @@ def test_logits_are_the_models_own(name: str, dtype: torch.dtype) -> None:
 def tiled(model: Any, head: LinearHead, given: dict[str, Any], targets: Any) -> torch.Tensor:
     def compute(hidden: Any, own: Any) -> tuple[torch.Tensor, ...]:
         found = linear_cross_entropy_sum(
-            hidden, own.weight, targets, bias=own.bias, scale=own.scale, softcap=own.softcap, tile=5
-        )
+            hidden, own.weight, targets, bias=own.bias, scale=own.scale, softcap=own.softcap,
+            low=own.low, tile=5,
+        )  # fmt: skip
         return found.total, found.losses
 
     return through_head(head, lambda: model(**given), compute)[0]
@@ -114,7 +115,66 @@ def lora(model: Any, **options: Any) -> Any:
     for key, parameter in wrapped.named_parameters():
         if "lora_B" in key:
             nn.init.normal_(parameter)
-    return wrapped
+    return wrapped.double()
+
+
+HEAD_ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "lora": ("llama", {"target_modules": ["q_proj", "lm_head"]}),
+    "of rank-stabilised scale": (
+        "llama", {"target_modules": ["lm_head"], "use_rslora": True, "lora_alpha": 7}
+    ),
+    "tied, scaled": ("qwen3", {"target_modules": ["lm_head", "v_proj"], "lora_alpha": 3}),
+    "capped": ("gemma2", {"target_modules": ["lm_head"]}),
+    "with dropout": ("llama", {"target_modules": ["lm_head", "q_proj"], "lora_dropout": 0.5}),
+    "a copy": ("llama", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("each", [False, True], ids=["sum", "each token"])
+@pytest.mark.parametrize("kind", HEAD_ADAPTERS)
+def test_an_adapter_of_the_head_is_trained_as_peft_trains_it(kind: str, each: bool) -> None:
+    name, options = HEAD_ADAPTERS[kind]
+    model = lora(make(name), **options)
+    head, given = head_of(model), inputs(model)
+    model.train()
+    targets = given["input_ids"].flatten().roll(-1)
+    targets[::3] = -100
+
+    def losses() -> torch.Tensor:
+        if not each:
+            return tiled(model, head, given, targets)
+
+        def compute(hidden: Any, own: Any) -> tuple[torch.Tensor, ...]:
+            found = linear_log_probs(
+                hidden, own.weight, targets, bias=own.bias, scale=own.scale,
+                softcap=own.softcap, low=own.low, tile=5,
+            )  # fmt: skip
+            return (found,)
+
+        return -through_head(head, lambda: model(**given), compute)[0].sum()
+
+    torch.manual_seed(3)
+    true_loss = F.cross_entropy(model(**given).logits.flatten(0, 1), targets, reduction="sum")
+    true_loss.backward()
+    trained = {key: p for key, p in model.named_parameters() if p.requires_grad}
+    true = {key: p.grad.clone() for key, p in trained.items()}  # type: ignore[union-attr]
+    model.zero_grad()
+    torch.manual_seed(3)
+    loss = losses()
+    loss.backward()
+    assert float(loss.detach()) == pytest.approx(float(true_loss.detach()), rel=1e-10)
+    assert any("lm_head" in key for key in trained)
+    for key, parameter in trained.items():
+        assert parameter.grad is not None, key
+        apart = float((parameter.grad - true[key]).norm())
+        assert apart <= 1e-9 * float(true[key].norm()) + 1e-12, key
+
+    model.eval()
+    with model.disable_adapter(), torch.no_grad():  # DPO's reference
+        base = F.cross_entropy(model(**given).logits.flatten(0, 1), targets, reduction="sum")
+        assert float(losses()) == pytest.approx(float(base), rel=1e-10)
+    assert float(base) != pytest.approx(float(true_loss.detach()), rel=1e-3)
+    assert not any("forward" in vars(part) for part in model.modules())
 
 
 @pytest.mark.parametrize("whole_head", [False, True])
@@ -123,7 +183,7 @@ def test_adapters_elsewhere_leave_the_head_as_it_is(whole_head: bool) -> None:
     model = lora(make("llama"), target_modules=["q_proj", "v_proj"], **options)
     head, given = head_of(model), inputs(model)
     targets = given["input_ids"].flatten().roll(-1)
-    assert head.module.weight.requires_grad == whole_head
+    assert head.parts.linear.weight.requires_grad == whole_head
     F.cross_entropy(model(**given).logits.flatten(0, 1), targets, reduction="sum").backward()
     trained = {key: p for key, p in model.named_parameters() if p.requires_grad}
     true = {key: p.grad.clone() for key, p in trained.items()}  # type: ignore[union-attr]
@@ -238,8 +298,8 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "not called": (functional, "0 times"),
     "own head": (own_head, "no plain linear layer"),
     "no language model": (lambda: nn.Linear(2, 2), "what its head is"),
-    "adapter on the head": (
-        lambda: lora(make("llama"), target_modules=["lm_head"]), "no plain linear layer",
+    "adapter of another kind": (
+        lambda: lora(make("llama"), target_modules=["lm_head"], use_dora=True), "DoraLinearVariant",
     ),
 }  # fmt: skip
 

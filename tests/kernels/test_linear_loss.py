@@ -25,6 +25,8 @@ CASES: dict[str, dict[str, Any]] = {
     "scaled": {"scale": 0.0625, "bias": True},
     "everything": {"softcap": 3.0, "scale": 2.0, "bias": True, "vocabulary": 101},
     "one token": {"tokens": 1, "trained": "all"},
+    "adapter": {"rank": 3},
+    "adapter and everything": {"rank": 1, "softcap": 3.0, "scale": 2.0, "bias": True},
 }
 RELATIVE = {torch.float64: 1e-8, torch.float32: 1e-5}
 
@@ -58,17 +60,18 @@ def test_a_sum_is_the_plain_one(name: str, dtype: torch.dtype, tile: int) -> Non
         assert_near(ours.gradients()[key], gradient, RELATIVE[dtype])
 
 
-@pytest.mark.parametrize("trained", ["all", "hidden", "weight", "head"])
+TRAINED = [(name, t) for name in CASES for t in ("all", "hidden", "weight", "head")]
+TRAINED += [(name, "low") for name, case in CASES.items() if "rank" in case]
+
+
+@pytest.mark.parametrize(("name", "trained"), TRAINED)
 @pytest.mark.parametrize("tile", [4, 1000])
 @pytest.mark.parametrize("dtype", RELATIVE, ids=str)
-@pytest.mark.parametrize("name", CASES)
 def test_each_token_may_weigh_differently(
     name: str, dtype: torch.dtype, tile: int, trained: str
 ) -> None:
     drawn = Case.drawn(**CASES[name])
-    wanted = {"all": {"hidden", "weight", "bias"}, "head": {"weight", "bias"}}.get(
-        trained, {trained}
-    )
+    wanted = {"all": {*drawn.leaves}, "head": {"weight", "bias"}}.get(trained, {trained})
     ours, plain = drawn.to(dtype), drawn.to(dtype)
     for case in (ours, plain):
         for key, leaf in case.leaves.items():
@@ -187,9 +190,10 @@ def test_places_that_are_known_are_those_that_are_found() -> None:
     assert torch.equal(known, found)
 
 
-def peak(kind: str, *, vocabulary: int, tile: int, frozen: bool) -> int:
+def peak(kind: str, *, vocabulary: int, tile: int, frozen: bool, rank: int = 0) -> int:
     """Bytes at once in forward and backward, beside what was there and the gradient that stays."""
-    case = Case.drawn(tokens=120, width=4, vocabulary=vocabulary, trained="all").to(torch.float32)
+    drawn = Case.drawn(tokens=120, width=4, vocabulary=vocabulary, trained="all", rank=rank)
+    case = drawn.to(torch.float32)
     case.weight.requires_grad_(not frozen)
     with LiveBytes() as count:
         _losses(kind, case, tile=tile).backward()
@@ -215,6 +219,15 @@ def test_a_trained_head_adds_its_gradient_and_no_logits(kind: str) -> None:
         assert found < 2 * weight + 2 * 4 * numbers
 
 
+@pytest.mark.parametrize("kind", ["sum", "each"])
+def test_an_adapter_of_a_frozen_head_adds_its_gradient_alone(kind: str) -> None:
+    numbers = 24_000
+    for vocabulary in (1000, 12_000):
+        own = vocabulary * 1 * 4
+        found = peak(kind, vocabulary=vocabulary, tile=numbers // vocabulary, frozen=True, rank=1)
+        assert found < 2 * own + 2 * 4 * numbers
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -224,6 +237,8 @@ def test_a_trained_head_adds_its_gradient_and_no_logits(kind: str) -> None:
         ({"bias": torch.zeros(4)}, "does not fit"),
         ({"softcap": 0.0}, "not positive"),
         ({"tile": 0}, "at least 1"),
+        ({"low": torch.zeros(7, 2)}, r"an adapter's \(7, 2\)"),
+        ({"low": torch.zeros(6, 2), "hidden": torch.zeros(3, 6)}, "of 7 logits does not fit"),
     ],
 )
 def test_what_does_not_fit_is_refused(change: dict[str, Any], message: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
+from arctic_like.cli.plan import _shown
 from arctic_like.planning.devices import DEVICES
 from arctic_like.planning.timing import LINK_EFFICIENCY
 from tests.integration.tools import arctic_train, recipe, write_conversations, write_recipe
@@ -138,3 +140,18 @@ def test_refuses_what_it_does_not_know(path: Path, words: tuple[str, ...], said:
     done = arctic_train("plan", str(path), *words, cwd=path.parent)
     assert done.returncode == 2
     assert said in done.stderr
+
+
+def test_a_terminal_sees_what_is_rehearsed(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    told = Terminal()
+    monkeypatch.setattr("sys.stderr", told)
+    with _shown(("micro_batch_size=1",)):
+        pass
+    assert "rehearsing micro_batch_size=1" in told.getvalue()
+    monkeypatch.setattr("sys.stderr", io.StringIO())  # a pipe is told nothing
+    with _shown(()):
+        pass
