@@ -125,8 +125,8 @@ def test_checkpoints_on_the_host_are_not_on_the_device(path: Path) -> None:
 
 @pytest.mark.full
 def test_bf16_states_take_eight_bytes_less(path: Path) -> None:
-    """Two moments in bf16, 4 bytes a parameter; the master weights are the model's own (`engine/thrift.py`). In
-    fp32 the three take 12."""
+    """Two moments in bf16, 4 bytes a parameter; the master weights are the model's own (`engine/thrift.py`).
+    In fp32 the three take 12."""
     words = (
         "optimizer.type=adamw_bf16", "deepspeed.zero_optimization.stage=2", "deepspeed.bf16.enabled=true",
         "deepspeed.bf16.bf16_master_weights_and_grads=true", "deepspeed.bf16.bf16_optimizer_states=true",
