@@ -35,7 +35,7 @@ class AttentionFacts:
     dtype: str = "float32"
     """In which the attention computes: torch's name."""
     fallback: str = "sdpa"
-    """What transformers takes for the model: sdpa, or eager where it has none."""
+    """What transformers takes for the model: sdpa, or eager where it has none or would leave out a cap."""
     borders: bool = True
     """Whether the model's calls say where documents begin (`isolation.packed_inputs`)."""
     replaceable: bool = True
@@ -141,11 +141,11 @@ def facts_of(
     derived = (getattr(text, "hidden_size", None) or 0) // heads
     return AttentionFacts(
         device=device, capability=_capability(device), dtype=dtype,
-        fallback=base.config._attn_implementation, borders=borders,
+        fallback=_true_to_caps(base.config), borders=borders,
         replaceable=base._can_set_attn_implementation(),
         flash=bool(getattr(base, "_supports_flash_attn", False)),
         head_dim=max(known or [derived]),
-        softcap=any(getattr(text, name, None) for name in _SOFTCAPS),
+        softcap=_caps_scores(base.config),
         dropout=max(_number(getattr(text, name, 0.0)) for name in _DROPOUTS),
         virtual_tokens=is_prompt(model), shared=shared, varlen=available(),
         packages=frozenset(
@@ -153,6 +153,17 @@ def facts_of(
             if getattr(import_utils, f"is_flash_attn_{version}_available", bool)()
         ),
     )  # fmt: skip
+
+
+def _caps_scores(config: Any) -> bool:
+    text = config.get_text_config()
+    return any(getattr(text, name, None) for name in _SOFTCAPS)
+
+
+def _true_to_caps(config: Any) -> str:
+    """What transformers took. In 5.17 that is sdpa for Gemma 2, whose caps it leaves out."""
+    taken: str = config._attn_implementation
+    return "eager" if taken == "sdpa" and _caps_scores(config) else taken
 
 
 def _capability(device: str) -> tuple[int, int]:
@@ -181,7 +192,7 @@ def settle(
 
     model: of transformers, perhaps in an adapter, built with transformers' own choice. given: `auto` or
     `varlen`; any other name was transformers' to take. borders, shared: see `AttentionFacts`. say: log what
-    `auto` took, and why. Raises RecipeError where `varlen` cannot be had.
+    `auto` took, and why. Raises RecipeError where `varlen` cannot be had, or `sdpa` would not be the model.
     """
     from loguru import logger
 
@@ -190,11 +201,15 @@ def settle(
 
     base = base_of(model)
     before = base.config._attn_implementation
-    if given == VARLEN and not (borders and before == "sdpa" and set_attention(model, VARLEN)):
+    why = ""
+    if given in (VARLEN, "sdpa") and _caps_scores(base.config):
+        why = "caps its scores, which would be left out"
+    elif given == VARLEN and not (borders and before == "sdpa" and set_attention(model, VARLEN)):
         why = "cannot be replaced" if borders else "is given a mask, not borders"
+    if why:
         raise RecipeError(
             Problem(
-                f"is {VARLEN!r}, but the attention of {base.config.model_type} {why}",
+                f"is {given!r}, but the attention of {base.config.model_type} {why}",
                 place="model.attn_implementation",
                 hint="leave it out",
             )
