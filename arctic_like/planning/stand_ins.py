@@ -125,7 +125,7 @@ def _models(stack: ExitStack) -> None:
 
     from arctic_like.engine import deepspeed as engine
     from arctic_like.model import compiled, heads, loading
-    from arctic_like.model.adapters import fingerprint
+    from arctic_like.model.adapters import build, fingerprint
     from arctic_like.trainer import assembly, reference
 
     # a model does the same with tensors that have no values as with those that have
@@ -141,6 +141,8 @@ def _models(stack: ExitStack) -> None:
     stack.enter_context(patch.object(assembly, "prove_sharing", lambda *_, **__: None))
     found = {"digest": "", "weights": {}}
     stack.enter_context(patch.object(fingerprint, "fingerprint", lambda *_, **__: found))
+    stack.enter_context(patch.object(fingerprint, "difference", lambda *_: ""))
+    stack.enter_context(patch.object(build, "_fill", lambda *_: None))
     stack.enter_context(patch.object(reference, "fingerprint", lambda *_, **__: ""))
     stack.enter_context(patch.object(reference, "prepare_table", lambda *_, **__: _Table()))
     _offer_flash()

@@ -84,13 +84,22 @@ def _mode(memory: Memory, exchanges: Exchanges) -> Any:
         return False if tensor.dtype == torch.bool else 0.0 if tensor.is_floating_point() else 0
 
     def _places(indices: Any) -> list[Any]:
-        """Masks as the places that they name."""
+        """Masks as the places that they name; where their values are not known, as many as there can be."""
         found: list[Any] = []
         for index in indices:
-            if index is not None and index.dtype in (torch.bool, torch.uint8):
-                found += torch.nonzero(index).unbind(1)
-            else:
+            if index is None or index.dtype not in (torch.bool, torch.uint8):
                 found.append(index)
+                continue
+            value, count = known.value_of(index), index.numel()
+            if value is not None:
+                with _disable_current_modes():
+                    count = int(value.count_nonzero())
+            places = [
+                torch.empty(count, dtype=torch.int64, device=index.device) for _ in index.shape
+            ]
+            for one in places:
+                memory.add(one)
+            found += places
         return found
 
     def _of_unknown_size(function: Any, args: Any, value: Any) -> Any:

@@ -18,7 +18,7 @@ from arctic_like.model.randomness import seed_by_name, untouched_randomness
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor, nn
+    from torch import nn
     from transformers import PreTrainedModel
 
 NAME = "default"
@@ -112,8 +112,7 @@ def from_folder(
     if wanted := targets.foreign(base, config):
         raise RecipeError(_other_architecture(base, folder, f"has no {wanted}", place))
     model = _wrap(base, config, about, seed=0, zero=zero, dtype=dtype, place=place, found=found)
-    weights = peft.utils.save_and_load.load_peft_weights(str(folder), device="cpu")
-    _fill(model, weights, folder, place)
+    _fill(model, folder, place)
     return model
 
 
@@ -218,10 +217,12 @@ def _drawn_by_name(tuner: type, seed: int) -> Iterator[None]:
             setattr(owner, name, own)
 
 
-def _fill(model: Any, weights: Mapping[str, Tensor], folder: Path, place: str) -> None:
+def _fill(model: Any, folder: Path, place: str) -> None:
+    """Give the adapter the values that lie in the folder."""
     import peft
 
     base = model.get_base_model()
+    weights = peft.utils.save_and_load.load_peft_weights(str(folder), device="cpu")
     try:
         result = peft.set_peft_model_state_dict(model, dict(weights), adapter_name=NAME)
     except (RuntimeError, KeyError) as error:
