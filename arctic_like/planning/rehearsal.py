@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     from arctic_like.data.base import PreparedData
     from arctic_like.recipe import Recipe
 
-STEPS = (1, None)
-"""Micro-batches of each step. The first step makes the optimizer's states, for which one will do; the second
-has them all the time, and all micro-batches."""
+STEPS = 2
+"""The first makes the optimizer's states; the second has them all the time. Each has all micro-batches: with
+one in the first, DeepSpeed gathers in another order at ZeRO 3, and a plan of KTO came out 6 % lower."""
 
 
 @dataclass(frozen=True)
@@ -135,10 +135,10 @@ def _rehearsed(
         memory.vocabulary = vocabulary
         label(trainer, memory)
         shared, before = _groups(trainer), 0.0
-        for count in STEPS:
+        for _ in range(STEPS):
             before = exchanges.through(shared)
             with memory.during("step", "activations"):
-                _step(trainer, micro_batches[:count], memory)
+                _step(trainer, micro_batches, memory)
             label(trainer, memory)
         steady = memory.live("device")
         _capture(trainer, memory)

@@ -14,6 +14,12 @@ from arctic_like.data.workers import AHEAD, in_processes
 from arctic_like.errors import RecipeError, RunError
 
 
+def workers() -> list[psutil.Process]:
+    """Forks of this process that live. Other tests in it may have started programs that stay (wandb's)."""
+    me = psutil.Process()
+    return [child for child in me.children() if child.name() == me.name()]
+
+
 def test_in_order_and_bounded():
     asked = []
 
@@ -32,7 +38,7 @@ def test_in_order_and_bounded():
         assert len(asked) - len(found) < 3 * AHEAD
     assert [number for number, _ in found] == list(range(40))
     assert len({pid for _, pid in found} - {os.getpid()}) == 3
-    assert not psutil.Process().children()
+    assert not workers()
 
 
 def test_large_items_and_results_do_not_lock_each_other():
@@ -53,7 +59,7 @@ def test_errors_arrive_in_their_place():
         found.extend(in_processes(work, range(20), processes=2))
     assert found == [0, 1, 2, 3, 4]
     assert "in work" in "".join(caught.value.__notes__)
-    assert not psutil.Process().children()
+    assert not workers()
 
 
 def test_what_cannot_be_pickled_is_told_as_text():
@@ -78,15 +84,15 @@ def test_a_death_is_told(how, told):
 
     with pytest.raises(RunError, match=told):
         list(in_processes(work, range(50), processes=2))
-    assert not psutil.Process().children()
+    assert not workers()
 
 
 def test_stopping_early_ends_them():
     results = in_processes(lambda number: number, range(1000), processes=2)
     assert next(results) == 0
-    assert psutil.Process().children()
+    assert workers()
     results.close()
-    assert not psutil.Process().children()
+    assert not workers()
 
 
 def test_they_end_with_a_parent_that_is_killed(tmp_path):
